@@ -1,0 +1,112 @@
+"""The command line: check what was asked for, let Hydra start it, end with the exit code that says how it went."""
+
+import logging
+import os
+import sys
+import traceback
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import env_override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from resnet_cifar import sweep
+from resnet_cifar.compose import CONF, VERSION_BASE, compose, parse_arguments
+from resnet_cifar.errors import ConfigError, StorageError, UserError
+from resnet_cifar.passwords import without_passwords
+
+INTERRUPTED, TERMINATED = 130, 143
+TRACEBACK = "RESNET_CIFAR_TRACEBACK"  # what HYDRA_FULL_ERROR was when the process started
+
+# Its records go to run.log only (conf/hydra/job_logging): the terminal has the short message already.
+log = logging.getLogger("resnet_cifar.failure")
+
+
+def main() -> None:
+    """Run the command line in `sys.argv` and exit: 0 done, 1 failed, 2 to 6 as in errors.py, 130 interrupted."""
+    # HYDRA_FULL_ERROR makes Hydra raise what goes wrong around a job instead of printing pages of it.
+    with env_override({TRACEBACK: os.environ.get("HYDRA_FULL_ERROR", "0"), "HYDRA_FULL_ERROR": "1"}):
+        try:
+            check_command_line(sys.argv[1:])
+            hydra.main(config_path=str(CONF), config_name="config", version_base=VERSION_BASE)(job)()
+        except KeyboardInterrupt:
+            end(KeyboardInterrupt("interrupted"), INTERRUPTED)
+        except UserError as error:
+            end(error, error.exit_code)
+        except OSError as error:
+            end(error, StorageError.exit_code, f"output_dir cannot be written: {short(error)}")
+        except (HydraException, OmegaConfBaseException) as error:
+            end(error, ConfigError.exit_code)
+        except Exception as error:
+            end(error, UserError.exit_code)
+
+
+def check_command_line(argv: list[str]) -> None:
+    """Raise ConfigError for a command line that cannot be run, before Hydra, the data or the tracking see anything of it."""
+    arguments = parse_arguments(argv)
+    if arguments.shell_completion or arguments.hydra_help or arguments.experimental_rerun:
+        return
+    jobs = compose(arguments)
+    if not (arguments.help or arguments.cfg or arguments.info):
+        from resnet_cifar import schema  # late: --help and --cfg need no types
+
+        for cfg, overrides in jobs:
+            schema.check(cfg, overrides)
+
+
+def job(cfg: DictConfig) -> float | None:
+    """Run one job, as Hydra's task; when it fails, exit with its exit code, or in a sweep note it down and return None."""
+    try:
+        from resnet_cifar import experiment  # late: torch alone takes seconds
+
+        return experiment.run(cfg)
+    except SystemExit as stop:
+        if stop.code in (None, 0):
+            return None
+        if stop.code in (INTERRUPTED, TERMINATED):
+            raise
+        fail(stop, stop.code if isinstance(stop.code, int) else UserError.exit_code)
+    except UserError as error:
+        fail(error, error.exit_code)
+    except Exception as error:
+        fail(error, UserError.exit_code)
+
+
+def fail(error: BaseException, exit_code: int) -> None:
+    """Write into run.log and onto stderr why the running job failed; then exit, or in a sweep let the others go on."""
+    settings = HydraConfig.get()
+    expected = isinstance(error, UserError | SystemExit)
+    log.error(short(error), exc_info=None if expected else error)
+    message = short(error) if expected else f"{short(error)}\nthe traceback is in {settings.runtime.output_dir}/run.log"
+    if settings.mode != RunMode.MULTIRUN:
+        end(error, exit_code, message)
+    print(f"job {settings.job.num} failed: {message}", file=sys.stderr)
+    sweep.record_failure(message)
+
+
+def end(error: BaseException, exit_code: int, message: str = "") -> None:
+    """Exit with the error's message on stderr, and its traceback for whoever set HYDRA_FULL_ERROR=1."""
+    if os.environ[TRACEBACK] == "1":
+        traceback.print_exception(error)
+    print(message or short(error), file=sys.stderr)
+    sys.exit(exit_code)
+
+
+def short(error: BaseException) -> str:
+    """The message of an error in at most three lines, without passwords; of one that nobody foresaw also its type."""
+    lines = str(error).strip().splitlines()
+    if isinstance(error, SystemExit):
+        lines = [f"the run ended with exit code {error}"]
+    if not isinstance(error, UserError | SystemExit | KeyboardInterrupt | OSError | HydraException):
+        lines = [f"{type(error).__name__}: {' '.join(lines[:1])}"]
+    return without_passwords("\n".join(lines[:3]))
+
+
+if __name__ == "__main__":
+    # By its own name: a parallel launcher's worker processes import the job from there.
+    from resnet_cifar.__main__ import main
+
+    main()

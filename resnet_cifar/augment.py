@@ -1,0 +1,113 @@
+"""Augmentation of a whole uint8 batch at once on its own device, every image with its own draw.
+
+A transform here is called with (N, C, H, W) uint8 images and a generator on their device. Any other callable in the list, such
+as a torchvision v2 transform, is called once per image, so that it too draws for each image apart.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+
+class BatchTransform:
+    """Base of the transforms that take a whole batch: `transform(images, generator)`, (N, C, H, W) uint8 to the same."""
+
+    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+        raise NotImplementedError
+
+
+class RandomCrop(BatchTransform):
+    """Pad by `padding` pixels of zeros and cut `size` x `size` at a uniform offset, as torchvision's `RandomCrop`."""
+
+    def __init__(self, size: int, padding: int = 0) -> None:
+        self.size, self.padding = size, padding
+
+    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+        padded = F.pad(images, [self.padding] * 4)
+        # Every window as a view, (N, C, offsets, offsets, size, size), of which each image takes one: one gather, no loop.
+        windows = padded.unfold(2, self.size, 1).unfold(3, self.size, 1)
+        top = _integers(windows.shape[2], images, generator)
+        left = _integers(windows.shape[3], images, generator)
+        return windows[torch.arange(len(images), device=images.device), :, top, left]
+
+
+class RandomHorizontalFlip(BatchTransform):
+    """Mirror each image with probability `p`, as torchvision's `RandomHorizontalFlip`."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        self.p = p
+
+    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+        flipped = torch.rand(len(images), 1, 1, 1, device=images.device, generator=generator) < self.p
+        return torch.where(flipped, images.flip(-1), images)
+
+
+class Cutout(BatchTransform):
+    """Fill one `size` x `size` square per image, wholly inside it, with `fill` (per channel, 0..1); DeVries and Taylor, arXiv:1708.04552.
+
+    The same distribution as torchvision's `RandomErasing(p=1, scale=(s, s), ratio=(1, 1))` with s = size^2 / (H W).
+    """
+
+    def __init__(self, size: int, fill: Sequence[float]) -> None:
+        self.size = size
+        self.fill = torch.tensor([round(255 * value) for value in fill], dtype=torch.uint8).view(1, -1, 1, 1)
+
+    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+        height, width = images.shape[-2:]
+        inside_rows = self._inside(height, images, generator).view(-1, 1, height, 1)
+        inside_columns = self._inside(width, images, generator).view(-1, 1, 1, width)
+        return torch.where(inside_rows & inside_columns, self.fill.to(images.device), images)
+
+    def _inside(self, length: int, images: Tensor, generator: Generator) -> Tensor:
+        start = _integers(length - self.size + 1, images, generator).unsqueeze(1)
+        position = torch.arange(length, device=images.device)
+        return (position >= start) & (position < start + self.size)
+
+
+class Normalise:
+    """(N, C, H, W) images, uint8 or floats in 0..1, to float32 with `mean` and `std` (per channel, 0..1) taken out.
+
+    The result is channels last in memory, the faster layout for convolutions, or contiguous.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], channels_last: bool) -> None:
+        self.mean, self.std = (torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (mean, std))
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __call__(self, images: Tensor) -> Tensor:
+        scale = 255.0 if images.dtype == torch.uint8 else 1.0
+        floats = images.to(torch.float32, memory_format=self.memory_format, copy=True)
+        return floats.sub_((self.mean * scale).to(images.device)).div_((self.std * scale).to(images.device))
+
+    def undo(self, images: Tensor) -> Tensor:
+        """Normalised images back to floats in 0..1."""
+        return (images * self.std.to(images.device) + self.mean.to(images.device)).clamp(0, 1)
+
+
+class Augmentation:
+    """The transforms in their order, then normalisation: (N, C, H, W) uint8 to normalised float32."""
+
+    def __init__(self, transforms: Sequence[Callable], normalise: Normalise) -> None:
+        self.transforms, self.normalise = list(transforms), normalise
+
+    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+        for transform in self.transforms:
+            if isinstance(transform, BatchTransform):
+                images = transform(images, generator)
+            else:
+                images = _per_image(transform, images, generator)
+        return self.normalise(images)
+
+
+def _integers(high: int, images: Tensor, generator: Generator) -> Tensor:
+    return torch.randint(high, (len(images),), device=images.device, generator=generator)
+
+
+def _per_image(transform: Callable, images: Tensor, generator: Generator) -> Tensor:
+    # torchvision draws from torch's global generator: lend it this batch's seed and put its state back.
+    seed = torch.randint(2**31, (1,), device=images.device, generator=generator).item()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return torch.stack([transform(image) for image in images])

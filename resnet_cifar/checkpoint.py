@@ -1,0 +1,133 @@
+"""Checkpoints of plain types: written atomically with a SHA-256, verified before they are read, never unpickled as code."""
+
+import contextlib
+import errno
+import hashlib
+import io
+import logging
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnet_cifar.errors import CheckpointError, StorageError
+
+LAST, PREVIOUS = "last.pt", "previous.pt"
+_MARK = (
+    b"sha256:"  # the file ends in this and the digest of all before it; torch.load, a zip reader, passes over the end
+)
+_TRAILER = len(_MARK) + 64
+
+log = logging.getLogger(__name__)
+
+
+def save(state: dict[str, Any], folder: Path) -> Path:
+    """Write `state` to `folder/last.pt`; what was there stays as `previous.pt`. Survives a kill and a power cut at any moment.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written; the older checkpoint is untouched.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    last, temporary = folder / LAST, folder / f".{LAST}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content + _MARK + hashlib.sha256(content).hexdigest().encode())
+            file.flush()
+            os.fsync(file.fileno())
+        if last.exists():
+            _keep_as(last, folder / PREVIOUS)
+        os.replace(temporary, last)
+        _sync_folder(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise _storage_error(error, folder, len(content)) from error
+    return last
+
+
+def keep_only_last(folder: Path) -> None:
+    """Remove the older checkpoint and leftovers of interrupted writes, once a run is finished."""
+    for leftover in (folder / PREVIOUS, *folder.glob(".*.tmp")):
+        leftover.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state in the checkpoint file `path`, or in the newest valid one of the folder `path`, on the CPU.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged, foreign or holds anything but plain types.
+    """
+    if not path.is_dir():
+        return _load_file(path)
+    for folder in (path, path / "checkpoints"):
+        candidates = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
+        for candidate in candidates:
+            try:
+                return _load_file(candidate)
+            except CheckpointError as error:
+                if candidate == candidates[-1]:
+                    raise
+                log.warning("%s Falling back to %s.", str(error).splitlines()[0], PREVIOUS)
+    raise CheckpointError(f"No checkpoint in {path}: a run's folder holds checkpoints/{LAST}.")
+
+
+def _load_file(path: Path) -> dict[str, Any]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"The checkpoint {path} cannot be read: {error.strerror}.") from error
+    body, trailer = content[:-_TRAILER], content[-_TRAILER:]
+    if not trailer.startswith(_MARK):
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this program, or it was cut short. Give another: checkpoint=<file or run folder>"
+        )
+    if hashlib.sha256(body).hexdigest().encode() != trailer[len(_MARK) :]:
+        raise CheckpointError(
+            f"The checkpoint {path} is damaged: its SHA-256 does not match. Give another: checkpoint=<file or run folder>"
+        )
+    try:
+        state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        raise CheckpointError(
+            f"The checkpoint {path} holds more than plain values and is not loaded: it could run code."
+        ) from error
+    if not isinstance(state, dict) or "model" not in state or "config" not in state:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this program. Give another: checkpoint=<file or run folder>"
+        )
+    return state
+
+
+def _keep_as(path: Path, older: Path) -> None:
+    """`path` under the name `older` as well, so that at no moment there is neither."""
+    temporary = older.with_name(f".{older.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, older)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _storage_error(error: OSError, folder: Path, size: int) -> StorageError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(folder).free
+        return StorageError(
+            f"The disk is full: a checkpoint needs {size / 1e6:.0f} MB, {free / 1e6:.0f} MB are free in {folder}.\n"
+            "Free some space; the last good checkpoint is still there."
+        )
+    return StorageError(f"The checkpoint folder {folder} cannot be written: {error.strerror or error}.")

@@ -1,0 +1,179 @@
+"""From the command line to configurations: what Hydra is going to run, composed once before it starts."""
+
+import argparse
+import os
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+from hydra import version
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_automatic_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from resnet_cifar.errors import ConfigError
+from resnet_cifar.suggestions import did_you_mean, keys
+
+VERSION_BASE = "1.3"
+PACKAGE = Path(__file__).resolve().parent
+# A wheel carries conf/ inside the package; in a checkout it lies beside it.
+INSTALLED = (PACKAGE / "conf").is_dir()
+CONF = PACKAGE / "conf" if INSTALLED else PACKAGE.parent / "conf"
+LAUNCHER_EXTRAS = {"joblib": "parallel"}
+
+
+def outputs() -> str:
+    """The `${outputs:}` of conf/config.yaml: the checkout's outputs/, or of the working directory for an installed wheel."""
+    return str((Path.cwd() if INSTALLED else PACKAGE.parent) / "outputs")
+
+
+def presets() -> str:
+    """The `${presets:}` of the help text: a line for each experiment/*.yaml, the first of its header."""
+    lines = []
+    for path in sorted((CONF / "experiment").glob("*.yaml")):
+        comments = [line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        lines.append(f"  {path.stem:<14}{next(line for line in comments if not line.startswith('@package'))}")
+    return "\n".join(lines)
+
+
+# When imported, so that the worker processes of a parallel launcher have them too.
+OmegaConf.register_new_resolver("outputs", outputs, replace=True)
+OmegaConf.register_new_resolver("presets", presets, replace=True)
+OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(3), use_cache=True, replace=True)
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line as Hydra's own parser reads it; raises ConfigError for what it would refuse with a page of usage."""
+
+    def refuse(message: str) -> None:
+        raise ConfigError(f"{message}; python run.py --help shows what there is")
+
+    parser = get_args_parser()
+    parser.error = refuse
+    arguments, unknown = parser.parse_known_args(argv)
+    options = [option for option in unknown if option.startswith("-")]
+    if options:
+        key, _, value = options[0].lstrip("-").partition("=")
+        hint = did_you_mean(key, _known_keys(arguments), f"={value}" if value else "=...")
+        raise ConfigError(f"there is no option {options[0]}: settings are written key=value{hint}")
+    if unknown:
+        raise ConfigError(f"settings stand on both sides of an option: write {' '.join(unknown)} together with the others")
+    modes = [arguments.run, arguments.cfg, arguments.multirun, arguments.shell_completion, arguments.info]
+    if sum(map(bool, modes)) > 1:
+        refuse("only one of --run, --multirun, --cfg, --info and --shell-completion can be given")
+    if arguments.resolve and not (arguments.cfg or arguments.help):
+        refuse("--resolve goes with --cfg or --help")
+    return arguments
+
+
+def compose(arguments: argparse.Namespace) -> list[tuple[DictConfig, list[str]]]:
+    """The configuration and overrides of every job the command line asks for: one, or all those of a sweep.
+
+    Raises ConfigError for anything Hydra cannot compose.
+    """
+    try:
+        with _hydra(arguments) as hydra:
+            return list(_jobs(hydra, arguments))
+    except (HydraException, OmegaConfBaseException, yaml.MarkedYAMLError, ValueError) as error:
+        raise ConfigError(_reason(error, arguments)) from error
+
+
+@contextmanager
+def _hydra(arguments: argparse.Namespace) -> Iterator[Hydra]:
+    version.setbase(VERSION_BASE)
+    search_path = create_automatic_config_search_path(None, "resnet_cifar.__main__", arguments.config_path or str(CONF))
+    if arguments.config_dir is not None:
+        if not os.path.isdir(arguments.config_dir):
+            raise ConfigError(f"--config-dir {arguments.config_dir}: there is no such folder")
+        path = f"file://{os.path.abspath(arguments.config_dir)}"
+        search_path.prepend("command-line", path, SearchPathQuery(provider="schema"))
+    try:
+        yield Hydra.create_main_hydra2("resnet_cifar", search_path)
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _jobs(hydra: Hydra, arguments: argparse.Namespace) -> Iterator[tuple[DictConfig, list[str]]]:
+    loader = hydra.config_loader
+    given = OverridesParser.create(config_loader=loader).parse_overrides(arguments.overrides)
+    swept = arguments.multirun or any(override.is_sweep_override() for override in given)
+    mode = RunMode.MULTIRUN if swept else RunMode.RUN
+    name = arguments.config_name or "config"
+    cfg = loader.load_configuration(name, arguments.overrides, mode, validate_sweep_overrides=False)
+    # As Hydra does it: hydra.mode=MULTIRUN, in a preset too, asks for a sweep as -m does.
+    mode = RunMode.MULTIRUN if arguments.multirun else cfg.hydra.mode or RunMode.RUN
+    loader.validate_sweep_overrides_legal(given, mode, from_shell=True)
+    if mode == RunMode.RUN or not cfg.hydra.sweeper["_target_"].endswith(".BasicSweeper"):
+        overrides = _as_written(cfg)  # of another sweeper, which makes its jobs up while it runs, those of all jobs
+        yield _without_hydra(cfg), overrides
+        return
+    params = [f"{key}={value}" for key, value in (cfg.hydra.sweeper.params or {}).items()]
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*params, *_as_written(cfg)])
+    for overrides in BasicSweeper.split_arguments(parsed, None)[0]:
+        yield _without_hydra(loader.load_sweep_config(cfg, list(overrides))), list(overrides)
+
+
+def _as_written(cfg: DictConfig) -> list[str]:
+    # Iterated over, the list would resolve an override's ${...}.
+    return OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
+
+
+def _without_hydra(cfg: DictConfig) -> DictConfig:
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
+
+
+def _reason(error: Exception, arguments: argparse.Namespace) -> str:
+    """Hydra's, OmegaConf's or YAML's error in one or two lines that name the key and what would be right."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: not valid YAML: {error.problem}"
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override}: settings are written key=value, with quotes around special characters"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return _missing_option(error)
+    first_line = (str(error) or str(error.__cause__)).splitlines()[0]
+    if ambiguous := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'(?: requires|$)", first_line):
+        return f"{ambiguous[1]} is a sweep over several values: run it with -m, python run.py -m {ambiguous[1]}"
+    if present := re.match(r"Multiple values for (\w+)|Could not append .* already at '([^']*)'", first_line):
+        key = present[1] or present[2]
+        return f"{key} has a value already: write {key}=..., once and without a +"
+    if unknown := re.match(r"Could not (?:override|delete from config\.) '([^']*)'", first_line):
+        key = unknown[1]
+        given = [override.partition("=") for override in arguments.overrides]
+        value = next((equals + value for name, equals, value in given if name == key), "")
+        return f"{key} is not a key{did_you_mean(key, _known_keys(arguments), value)}"
+    return f"{first_line} (given: {' '.join(arguments.overrides)})"
+
+
+def _missing_option(error: MissingConfigException) -> str:
+    group, _, option = error.missing_cfg_file.rpartition("/")
+    if group == "hydra/launcher" and option in LAUNCHER_EXTRAS:
+        return f'hydra/launcher={option} is not installed: pip install -e ".[{LAUNCHER_EXTRAS[option]}]"'
+    if not error.options:
+        return str(error).splitlines()[0]
+    return f"{group}={option}: choose from {', '.join(error.options)}{did_you_mean(option, error.options)}"
+
+
+def _known_keys(arguments: argparse.Namespace) -> list[str]:
+    """Every key of the configuration as composed from the command line's group choices alone, as far as they are right."""
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    choices = [override for override in arguments.overrides if override.partition("=")[0] in groups]
+    for overrides in (choices, []):
+        try:
+            with _hydra(arguments) as hydra:
+                cfg = hydra.config_loader.load_configuration("config", overrides, RunMode.MULTIRUN)
+        except ConfigCompositionException:
+            continue
+        return [*keys(OmegaConf.to_container(_without_hydra(cfg), resolve=False)), *groups]
+    return []

@@ -1,0 +1,69 @@
+"""Values that are right one by one and cannot be run together, or that a command gives where they would do nothing."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+SERVERS = ("http", "https")
+
+
+def conflicts(cfg: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
+    """One sentence for each combination in a resolved configuration of right types that cannot be run.
+
+    `overrides` are the command line's, `key=value`: only what was given on purpose can be refused for doing nothing.
+    """
+    yield from _task(cfg)
+    yield from _data(cfg["data"])
+    yield from _learning_rate(cfg, overrides)
+    yield from _tracking(cfg["tracking"])
+
+
+def _task(cfg: dict[str, Any]) -> Iterator[str]:
+    task, checkpoint = cfg["task"], cfg["checkpoint"]
+    if task in ("evaluate", "explain") and checkpoint is None:
+        yield f"task={task} needs checkpoint=...: a checkpoint file, a run folder or an MLflow run id"
+    if task in ("train", "find_lr") and checkpoint is not None:
+        yield f"checkpoint={checkpoint} would do nothing with task={task}: it is for task=evaluate and task=explain"
+    if cfg["explain"]["images"] is not None and task != "explain":
+        yield f"explain.images={cfg['explain']['images']} would do nothing with task={task}: it is for task=explain"
+
+
+def _data(data: dict[str, Any]) -> Iterator[str]:
+    if "root" in data["dataset"] and data["dataset"]["root"] is None:
+        yield "data.root is empty: it should be the folder that holds the images, or where they are downloaded to"
+    size = data["train_size"]
+    if size is not None and data["batch_size"] > size:
+        yield f"data.batch_size={data['batch_size']} should be at most data.train_size={size}"
+    if size is not None and data["val_size"] >= size:
+        yield f"data.val_size={data['val_size']} should be below data.train_size={size}"
+
+
+def _learning_rate(cfg: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
+    start, end = cfg["optimizer"]["lr"], cfg["lr_finder"]["end_lr"]
+    max_lr = cfg["scheduler"].get("max_lr")
+    searched = cfg["task"] == "find_lr" or (cfg["task"] == "train" and max_lr == "find")
+    if searched and end <= start:
+        yield f"lr_finder.end_lr={end} should be above optimizer.lr={start}, where the LR finder starts"
+    given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    if cfg["task"] == "train" and isinstance(max_lr, int | float) and "optimizer.lr" in given:
+        yield (
+            f"optimizer.lr={start} would do nothing beside scheduler.max_lr={max_lr}: the one-cycle schedule overwrites it;\n"
+            "give scheduler.max_lr alone, or scheduler=constant with optimizer.lr"
+        )
+
+
+def _tracking(tracking: dict[str, Any]) -> Iterator[str]:
+    uri = tracking["uri"]
+    if uri is None:
+        return
+    scheme = uri.partition("://")[0].partition("+")[0] if "://" in uri else ""
+    if scheme == "postgres":
+        yield "tracking.uri starts with postgres://: MLflow's databases are written postgresql://host/database"
+    elif scheme == "sqlite" and not uri.startswith("sqlite:///"):
+        yield f"tracking.uri={uri} should have three slashes before the path: sqlite:///path/to/mlflow.db"
+    elif scheme not in (*DATABASES, *SERVERS):
+        yield f"tracking.uri={uri} should be a database or a server: sqlite:///path/to/mlflow.db or http://host:5000"
+    if tracking["experiment"] is None:
+        yield "tracking.experiment is empty: it should be the name of the MLflow experiment that lists the runs"
+    if scheme in DATABASES and tracking["artifacts"] is None:
+        yield f"tracking.artifacts is empty: with a database ({scheme}) it should be the folder that keeps the files"

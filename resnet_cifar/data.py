@@ -1,0 +1,139 @@
+"""A data set as uint8 tensors: loading, subsets, the held-out split, and shuffled batches on the device."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+from urllib.error import URLError
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from resnet_cifar.errors import ConfigError, DataError
+
+# The held-out images are the same for every seed, so that runs with different seeds are compared on the same images.
+SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images (N, C, H, W) uint8, labels (N,) int64 and the class names."""
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor | slice) -> "Images":
+        return replace(self, images=self.images[index], labels=self.labels[index])
+
+    def to(self, device: torch.device) -> "Images":
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+class LabelledImages(Protocol):
+    """What a dataset class must have, as torchvision's CIFAR10 has it: `data` (N, H, W, C) uint8, `targets` (N,), `classes`."""
+
+    data: np.ndarray
+    targets: Sequence[int]
+    classes: Sequence[str]
+
+
+class Digits:
+    """scikit-learn's 1,797 handwritten digits, 8x8 enlarged to 32x32x3, in a fixed stratified split of 1,437 and 360."""
+
+    def __init__(self, train: bool) -> None:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        enlarged = F.interpolate(torch.from_numpy(digits.images)[:, None], size=(32, 32), mode="bilinear")
+        pixels = (enlarged * (255 / 16)).round().to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+        train_set, test_set = train_test_split(
+            np.arange(len(pixels)), test_size=360, random_state=SPLIT_SEED, stratify=digits.target
+        )
+        chosen = train_set if train else test_set
+        self.data, self.targets = pixels[chosen], digits.target[chosen].tolist()
+        self.classes = [str(name) for name in digits.target_names]
+
+
+def as_images(dataset: LabelledImages) -> Images:
+    """The whole data set as tensors; the pixels are not copied, so they stay channels last in memory."""
+    pixels = torch.from_numpy(np.ascontiguousarray(dataset.data)).permute(0, 3, 1, 2)
+    return Images(pixels, torch.tensor(dataset.targets), tuple(dataset.classes))
+
+
+def dataset_error(error: Exception, root: str | None) -> DataError:
+    """What to tell a user whose data set could not be loaded from `root`."""
+    offline = "or run offline: python run.py experiment=quickstart"
+    if isinstance(error, URLError):
+        return DataError(
+            f"The data set is not in data.root={root} and cannot be downloaded ({error.reason}).\n"
+            f"Give the folder that holds it (for CIFAR-10 the one with cifar-10-batches-py): data.root=<folder>,\n{offline}"
+        )
+    present = root is not None and Path(root).is_dir() and any(Path(root).iterdir())
+    what = "is corrupt or unreadable" if present else "cannot be read or written"
+    reason = " ".join(str(error).split())[:160]
+    return DataError(
+        f"The data set in data.root={root} {what}: {type(error).__name__}: {reason}\n"
+        f"Delete it to download it again, give another folder: data.root=<folder>,\n{offline}"
+    )
+
+
+def subset(images: Images, size: int | None, key: str) -> Images:
+    """The first `size` images (all when None), the same ones for every seed."""
+    if size is None:
+        return images
+    if size > len(images):
+        raise ConfigError(f"{key}={size}: there are only {len(images)} images; give at most that, or null for all.")
+    return images[:size]
+
+
+def hold_out(train: Images, val_size: int) -> tuple[Images, Images]:
+    """The training images without `val_size` randomly chosen ones, and these; independent of the run's seed."""
+    if val_size >= len(train):
+        raise ConfigError(f"data.val_size={val_size}: must be less than the {len(train)} training images.")
+    order = torch.randperm(len(train), generator=Generator().manual_seed(SPLIT_SEED))
+    kept, held_out = order[val_size:].sort().values, order[:val_size].sort().values
+    return train[kept], train[held_out]
+
+
+def seeded(*key: int, device: torch.device | str = "cpu") -> Generator:
+    """A generator on `device` that depends on the whole `key` (numbers from 0) and on nothing else.
+
+    Order and augmentation draw from such generators, keyed by seed and epoch or step: a run that is resumed in the
+    middle sees the same images as one that was never interrupted, with no generator state to keep.
+    """
+    return Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+def steps_per_epoch(images: Images, batch_size: int) -> int:
+    """The number of batches, the last, smaller one included."""
+    return -(-len(images) // batch_size)
+
+
+def shuffled_batches(
+    images: Images, batch_size: int, seed: int, epoch: int, skip: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of one epoch, (N, C, H, W) uint8 and (N,), in an order set by `seed` and `epoch`, from batch `skip` on."""
+    order = torch.randperm(len(images), generator=seeded(seed, 0, epoch)).to(images.labels.device)
+    pixels = images.images.permute(0, 2, 3, 1)  # whole images are contiguous rows in this view
+    for index in order.split(batch_size)[skip:]:
+        yield pixels.index_select(0, index).permute(0, 3, 1, 2), images.labels.index_select(0, index)
+
+
+def training_batches(
+    images: Images,
+    augment: Callable[[Tensor, Generator], Tensor],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    skip: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """As `shuffled_batches`, augmented: each batch's draws are set by `seed`, `epoch` and its place in the epoch."""
+    for batch, (pixels, labels) in enumerate(shuffled_batches(images, batch_size, seed, epoch, skip), start=skip):
+        yield augment(pixels, seeded(seed, 1, epoch, batch, device=pixels.device)), labels

@@ -1,0 +1,172 @@
+"""The training loop: it yields a record per step and per epoch, and knows neither tracker nor plot."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from resnet_cifar.augment import Augmentation, Normalise
+from resnet_cifar.data import Images, steps_per_epoch, training_batches
+from resnet_cifar.errors import DivergedError
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step. `step` counts from 1 over the whole training; `loss` is the batch's mean, still on the device."""
+
+    epoch: int
+    step: int
+    lr: float
+    loss: Tensor
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One epoch: losses are means per image, accuracies percentages, `lr` is the one its last step used."""
+
+    epoch: int
+    lr: float
+    train_loss: float
+    train_accuracy: float
+    eval_loss: float
+    eval_accuracy: float
+    images_per_second: float  # of the training steps alone
+    epoch_seconds: float  # training and evaluation
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss per image, accuracy in percent, and logits (N, K) float32 on the CPU."""
+
+    loss: float
+    accuracy: float
+    logits: Tensor
+
+
+@dataclass
+class Progress:
+    """Where training is; with the states of model, optimizer and scheduler all that going on needs."""
+
+    epoch: int = 1
+    batch: int = 0  # batches of this epoch already trained on
+    loss_sum: float | Tensor = 0.0  # over this epoch's images so far
+    correct: int | Tensor = 0
+
+
+@dataclass
+class Training:
+    """The parts of one training; `seed` sets the order of the images and the augmentation of every step."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    augment: Augmentation
+    epochs: int
+    batch_size: int
+    seed: int
+    precision: str  # fp32 or bf16
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """bf16 autocast on `device` where `precision` asks for it, else a context that changes nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def fit(training: Training, train: Images, held_out: Images, progress: Progress) -> Iterator[StepRecord | EpochRecord]:
+    """Train from `progress` to the last epoch and evaluate on `held_out` after each.
+
+    `progress` and the parts are consistent with each other at every yield: that is where a checkpoint may be taken.
+
+    Raises:
+        DivergedError: the loss is not finite. On a CPU before the optimizer step; elsewhere, where looking at every
+            loss would stall the device, at the end of the epoch.
+    """
+    while progress.epoch <= training.epochs:
+        epoch, started = progress.epoch, time.perf_counter()
+        batches_done, lr = progress.batch, current_lr(training.optimizer)
+        for record in train_epoch(training, train, progress):
+            lr = record.lr
+            yield record
+        train_loss, train_accuracy = float(progress.loss_sum) / len(train), 100 * int(progress.correct) / len(train)
+        if not torch.isfinite(torch.tensor(train_loss)):
+            raise diverged(epoch, progress.batch, lr)
+        trained = time.perf_counter()
+        evaluation = evaluate(
+            training.model, held_out, training.augment.normalise, training.batch_size, training.precision
+        )
+        finished = time.perf_counter()
+        images_seen = len(train) - min(len(train), batches_done * training.batch_size)
+        progress.epoch, progress.batch, progress.loss_sum, progress.correct = epoch + 1, 0, 0.0, 0
+        yield EpochRecord(
+            epoch=epoch,
+            lr=lr,
+            train_loss=train_loss,
+            train_accuracy=train_accuracy,
+            eval_loss=evaluation.loss,
+            eval_accuracy=evaluation.accuracy,
+            images_per_second=images_seen / (trained - started),
+            epoch_seconds=finished - started,
+        )
+
+
+def train_epoch(training: Training, train: Images, progress: Progress) -> Iterator[StepRecord]:
+    """The steps of the current epoch that are not done yet; the scheduler is stepped after each but the training's last."""
+    model, optimizer = training.model, training.optimizer
+    device = train.labels.device
+    steps = steps_per_epoch(train, training.batch_size)
+    batches = training_batches(
+        train, training.augment, training.batch_size, training.seed, progress.epoch, skip=progress.batch
+    )
+    model.train()
+    for images, labels in batches:
+        lr = current_lr(optimizer)
+        with autocast(device, training.precision):
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels)
+        if device.type == "cpu" and not torch.isfinite(loss):
+            raise diverged(progress.epoch, progress.batch + 1, lr)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        progress.batch += 1
+        progress.loss_sum += loss.detach() * len(labels)
+        progress.correct += (logits.detach().argmax(1) == labels).sum()
+        step = (progress.epoch - 1) * steps + progress.batch
+        # OneCycleLR stepped once more after the last batch extrapolates below zero, the reference's -5.9e-06.
+        if step < training.epochs * steps:
+            training.scheduler.step()
+        yield StepRecord(progress.epoch, step, lr, loss.detach())
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, images: Images, normalise: Normalise, batch_size: int, precision: str) -> Evaluation:
+    """Loss, accuracy and logits on `images`, not augmented; the model's mode is put back."""
+    was_training = model.training
+    model.eval()
+    logits = []
+    with autocast(images.labels.device, precision):
+        for batch in images.images.split(batch_size):
+            logits.append(model(normalise(batch)).float())
+    model.train(was_training)
+    all_logits = torch.cat(logits)
+    loss = F.cross_entropy(all_logits, images.labels).item()
+    accuracy = 100 * (all_logits.argmax(1) == images.labels).sum().item() / len(images)
+    return Evaluation(loss, accuracy, all_logits.cpu())
+
+
+def current_lr(optimizer: Optimizer) -> float:
+    """The learning rate of the first parameter group, which the next step uses."""
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def diverged(epoch: int, batch: int, lr: float) -> DivergedError:
+    """What to tell a user whose loss is not finite."""
+    return DivergedError(
+        f"The loss is not a finite number in epoch {epoch}, batch {batch}, at LR {lr:.6g}: training stopped.\n"
+        "Lower scheduler.max_lr (or optimizer.lr with a constant schedule), or raise scheduler.div_factor."
+    )

@@ -1,0 +1,100 @@
+"""The learning-rate range test of Smith, arXiv:1506.01186, by torch-lr-finder on a copy of the model."""
+
+import contextlib
+import copy
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from resnet_cifar.errors import DivergedError
+from resnet_cifar.loop import autocast
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """Learning rates, one per iteration, and the smoothed loss met at each."""
+
+    lrs: np.ndarray
+    losses: np.ndarray
+
+
+def range_test(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    *,
+    end_lr: float,
+    num_iter: int,
+    step_mode: str,
+    precision: str,
+) -> RangeTest:
+    """Train a copy from the optimizer's learning rate up to `end_lr` over `num_iter` batches (N, C, H, W), (N,).
+
+    Model, optimizer and torch's random generators are left as they were. It ends early where the loss exceeds five times
+    its lowest value, torch-lr-finder's default.
+    """
+    from torch_lr_finder import LRFinder, TrainDataLoaderIter
+
+    class Batches(TrainDataLoaderIter):
+        def __init__(self) -> None:
+            self._iterator = batches
+
+        def __next__(self) -> tuple[Tensor, Tensor]:
+            return next(self._iterator)
+
+    # One deepcopy of both keeps the copied optimizer on the copied parameters.
+    model, optimizer = copy.deepcopy((model, optimizer))
+    device = next(model.parameters()).device
+    model.forward = autocast(device, precision)(model.forward)
+    finder = LRFinder(model, optimizer, nn.CrossEntropyLoss(), device=device)
+    silence = io.StringIO()  # torch-lr-finder prints, and draws a bar of its own
+    with torch.random.fork_rng(), contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+        finder.range_test(Batches(), end_lr=end_lr, num_iter=num_iter, step_mode=step_mode)
+    return RangeTest(np.array(finder.history["lr"]), np.array([float(loss) for loss in finder.history["loss"]]))
+
+
+def suggest(curve: RangeTest, select: str) -> float:
+    """The learning rate that `select` (`min_loss`, `steepest` or `valley`) picks from the curve.
+
+    Raises:
+        DivergedError: the curve has no finite loss to choose by.
+    """
+    finite = np.isfinite(curve.losses)
+    if finite.sum() < 2:
+        raise DivergedError(
+            "The LR finder met no finite loss, so there is no learning rate to choose.\n"
+            "Lower optimizer.lr, where it starts, or give a number: scheduler.max_lr=0.01"
+        )
+    lrs, losses = curve.lrs[finite], curve.losses[finite]
+    return float(lrs[SELECT[select](losses)])
+
+
+def _min_loss(losses: np.ndarray) -> int:
+    return int(losses.argmin())
+
+
+def _steepest(losses: np.ndarray) -> int:
+    """Where the loss falls fastest along the grid, its first 10 and last 5 points aside: torch-lr-finder's own suggestion."""
+    skipped = 10 if len(losses) > 20 else 0
+    return skipped + int(np.gradient(losses[skipped : len(losses) - skipped // 2]).argmin())
+
+
+def _valley(losses: np.ndarray) -> int:
+    """Two thirds into the longest falling run of the losses: fastai's `valley`, its default since 2.3."""
+    length = np.ones(len(losses), dtype=int)
+    for i in range(1, len(losses)):
+        falling = losses[:i] > losses[i]
+        if falling.any():
+            length[i] = length[:i][falling].max() + 1
+    end = int(length.argmax())
+    start = end - int(length[end])
+    third = (end - start) // 3
+    return max(0, start + third + third // 2)
+
+
+SELECT: dict[str, Callable[[np.ndarray], int]] = {"min_loss": _min_loss, "steepest": _steepest, "valley": _valley}

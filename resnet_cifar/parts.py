@@ -1,0 +1,119 @@
+"""From the configuration to the parts of a training: device, images, model, optimizer, scheduler, augmentation."""
+
+import inspect
+import logging
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from resnet_cifar.augment import Augmentation, Normalise
+from resnet_cifar.data import Images, as_images, dataset_error, hold_out, subset
+from resnet_cifar.errors import ConfigError
+from resnet_cifar.targets import check_arguments, instantiate, resolve
+
+# The arguments by which torch's schedulers are told how many steps there are; left out of the YAML, the data sets them.
+LENGTH_ARGUMENTS = ("total_steps", "T_max", "total_iters")
+
+log = logging.getLogger(__name__)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; `auto` is CUDA where there is one, then MPS, then the CPU.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 1)
+    if (device.index or 0) >= count:
+        raise ConfigError(
+            f"trainer.device={name}: there is no such device here ({count} of that kind). Use trainer.device=auto"
+        )
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """`fp32` or `bf16`; `auto` is bf16 where the hardware computes in it: without its instructions a CPU only gets slower."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and any(has_bf16_instructions())
+    if name == "bf16" and not native:
+        log.warning("trainer.precision=bf16: this %s has no bf16 instructions, fp32 would be faster.", device.type)
+    return ("bf16" if native else "fp32") if name == "auto" else name
+
+
+def has_bf16_instructions() -> list[bool]:
+    """Whether the CPU has each of the instruction sets that multiply bf16 matrices."""
+    capabilities = torch.cpu.get_capabilities()
+    return [bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16")]
+
+
+def check_targets(cfg: DictConfig) -> None:
+    """Refuse a `_target_` that is not allowed, or arguments it does not take, before any data is loaded."""
+    check_arguments(cfg.data.dataset, "train")
+    check_arguments(cfg.model, "num_classes")
+    check_arguments(cfg.optimizer, "params")
+    check_arguments(cfg.scheduler, "optimizer", *_length_arguments(cfg.scheduler))
+    for transform in cfg.augmentation.transforms:
+        check_arguments(transform)
+
+
+def load_split(data: DictConfig, train: bool) -> Images:
+    """The training or the test images, cut to `data.train_size` or `data.test_size`.
+
+    Raises:
+        DataError: the data set is missing, corrupt or cannot be downloaded.
+    """
+    try:
+        images = as_images(instantiate(data.dataset, train=train))
+    except (OSError, RuntimeError, EOFError) as error:
+        raise dataset_error(error, data.root) from error
+    if train:
+        return images
+    return subset(images, data.test_size, "data.test_size")
+
+
+def load_train_and_val(data: DictConfig) -> tuple[Images, Images | None]:
+    """The training images and, where `data.val_size` holds some out of them, the validation images."""
+    train, val = load_split(data, train=True), None
+    if data.val_size:
+        train, val = hold_out(train, data.val_size)
+    train = subset(train, data.train_size, "data.train_size")
+    if data.batch_size > len(train):
+        raise ConfigError(f"data.batch_size={data.batch_size}: larger than the {len(train)} training images.")
+    return train, val
+
+
+def build_model(model: DictConfig, num_classes: int, device: torch.device, channels_last: bool, seed: int) -> nn.Module:
+    """The network on its device, its initial weights set by `seed` alone."""
+    torch.manual_seed(seed)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return instantiate(model, num_classes=num_classes).to(device, memory_format=memory_format)
+
+
+def build_optimizer(optimizer: DictConfig, model: nn.Module) -> Optimizer:
+    """The optimizer over all the model's parameters."""
+    return instantiate(optimizer, params=model.parameters())
+
+
+def build_scheduler(scheduler: DictConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    """The schedule over `total_steps` optimizer steps."""
+    lengths = dict.fromkeys(_length_arguments(scheduler), total_steps)
+    return instantiate(scheduler, optimizer=optimizer, **lengths)
+
+
+def build_augmentation(augmentation: DictConfig, data: DictConfig, channels_last: bool) -> Augmentation:
+    """The transforms in the order of the list, normalised by the data set's mean and deviation."""
+    transforms = [instantiate(transform) for transform in augmentation.transforms]
+    return Augmentation(transforms, Normalise(list(data.mean), list(data.std), channels_last))
+
+
+def _length_arguments(scheduler: DictConfig) -> list[str]:
+    accepted = inspect.signature(resolve(scheduler._target_)).parameters
+    return [name for name in LENGTH_ARGUMENTS if name in accepted and name not in scheduler]

@@ -1,0 +1,47 @@
+"""Where a run's numbers come from: the code's git commit, library versions and the hardware, as MLflow tags."""
+
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+import torchvision
+
+
+def tags(device: torch.device, precision: str) -> dict[str, str]:
+    """Tag names to values; the git ones are there when the package lies in a checkout."""
+    return {
+        **_git(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else "none",
+        "device": device.type,
+        "device_name": device_name(device),
+        "threads": str(torch.get_num_threads()),
+        "precision": precision,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's or the processor's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine())
+    return platform.machine()
+
+
+def _git() -> dict[str, str]:
+    checkout = Path(__file__).resolve().parent.parent
+    try:
+        commit = _run_git(checkout, "rev-parse", "HEAD")
+        dirty = bool(_run_git(checkout, "status", "--porcelain", "--", "resnet_cifar", "conf", "run.py"))
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"git_commit": commit, "git_dirty": str(dirty).lower()}
+
+
+def _run_git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -1,0 +1,234 @@
+"""What a run leaves in its folder: tables, figures and the summary in words."""
+
+import csv
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from resnet_cifar import explain, figures
+from resnet_cifar.augment import Normalise
+from resnet_cifar.data import Images
+from resnet_cifar.loop import Evaluation
+from resnet_cifar.lr_finder import RangeTest
+
+DPI = 150
+TARGET_ACCURACY = 90  # the assignment's
+
+log = logging.getLogger(__name__)
+
+
+def append_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows to a CSV file, after a header where the file is new."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[dict[str, float]]:
+    """The numbers of a CSV file, a row each."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{key: int(value) if value.isdigit() else float(value) for key, value in row.items()} for row in rows]
+
+
+def save_figure(folder: Path, name: str, draw: Callable[[], Figure]) -> None:
+    """Draw and save `figures/<name>.png`; a figure that fails is a warning, since the run is worth more than its picture."""
+    try:
+        (folder / "figures").mkdir(exist_ok=True)
+        draw().savefig(folder / "figures" / f"{name}.png", dpi=DPI)
+    except Exception as error:
+        log.warning("figures/%s.png was not drawn: %s: %s", name, type(error).__name__, error)
+        log.debug("figures/%s.png", name, exc_info=True)
+
+
+def model_summary(model: nn.Module, image_shape: Sequence[int]) -> str:
+    """The network layer by layer at batch 20: kernels, shapes, parameters and mult-adds, as in the assignment's table."""
+    from torchinfo import summary
+
+    columns = ("kernel_size", "input_size", "output_size", "num_params", "mult_adds", "trainable")
+    table = summary(
+        model, input_size=(20, *image_shape), depth=4, col_names=columns, row_settings=("var_names",), verbose=0
+    )
+    return str(table).replace("Units.GIGABYTES", "G").replace("Units.MEGABYTES", "M").replace("Units.KILOBYTES", "K")
+
+
+def write_predictions(path: Path, logits: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+    """`predictions.csv`: index in the data set, label, prediction and the confidence (0..1) in it, a row per image."""
+    confidences, predictions = logits.softmax(1).max(1)
+    path.unlink(missing_ok=True)
+    rows = zip(labels.tolist(), predictions.tolist(), confidences.tolist(), strict=True)
+    append_csv(
+        path,
+        [
+            {
+                "index": index,
+                "label": classes[label],
+                "prediction": classes[prediction],
+                "confidence": round(confidence, 6),
+            }
+            for index, (label, prediction, confidence) in enumerate(rows)
+        ],
+    )
+
+
+def draw_training_images(
+    folder: Path, images: Tensor, labels: Tensor, normalise: Normalise, classes: Sequence[str]
+) -> None:
+    """Augmented, normalised images (N, C, H, W), as the network sees them."""
+    shown = _for_display(normalise.undo(images))
+    save_figure(
+        folder,
+        "sample_training_images",
+        lambda: figures.sample_training_images(shown, labels.tolist(), classes),
+    )
+
+
+def draw_lr_finder(folder: Path, curve: RangeTest, chosen_lr: float, select: str) -> None:
+    """The range test's curve with the learning rate it led to."""
+    save_figure(folder, "lr_finder", lambda: figures.lr_finder(curve.lrs, curve.losses, chosen_lr, select))
+
+
+def draw_curves(folder: Path, evaluated_on: str, steps_per_epoch: int) -> None:
+    """Loss and accuracy by epoch and the learning rate by step, from the tables in the folder."""
+    if (folder / "history.csv").exists():
+        history = read_csv(folder / "history.csv")
+        save_figure(folder, "loss_and_accuracy", lambda: figures.loss_and_accuracy(history, evaluated_on))
+    if (folder / "lr_history.csv").exists():
+        lrs = [row["lr"] for row in read_csv(folder / "lr_history.csv")]
+        save_figure(folder, "lr_history", lambda: figures.lr_history(lrs, steps_per_epoch))
+
+
+def draw_confusion_matrix(folder: Path, logits: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+    """How often each class was taken for each other."""
+    matrix = np.zeros((len(classes), len(classes)), dtype=int)
+    np.add.at(matrix, (labels.numpy(), logits.argmax(1).numpy()), 1)
+    save_figure(folder, "confusion_matrix", lambda: figures.confusion_matrix(matrix, classes))
+
+
+def explain_mistakes(
+    folder: Path,
+    network: nn.Module,
+    images: Images,
+    logits: Tensor,
+    normalise: Normalise,
+    layers: Mapping[str, str],
+    num_images: int,
+    evaluated_on: str,
+) -> None:
+    """The most confident mistakes, and what each layer saw in them for the correct and for the predicted class."""
+    labels = images.labels.cpu()
+    selection = explain.select_images(logits, labels, num_images, evaluated_on)
+    index = torch.from_numpy(selection.indices)
+    chosen = images.images[index.to(images.images.device)]
+    shown, true = _for_display(chosen), labels[index]
+    about = (true.tolist(), selection.predictions.tolist(), selection.confidences.tolist(), images.classes)
+    save_figure(
+        folder, "misclassified_images", lambda: figures.misclassified_images(shown, *about, title=selection.title)
+    )
+    for against, targets in (("correct", true), ("predicted", torch.from_numpy(selection.predictions))):
+        for name, layer in layers.items():
+            _save_grad_cam(
+                folder, network, normalise(chosen), shown, targets, about, name, layer, against, selection.title
+            )
+
+
+def explain_pictures(
+    folder: Path,
+    network: nn.Module,
+    pictures: Tensor,
+    names: Sequence[str],
+    logits: Tensor,
+    normalise: Normalise,
+    classes: Sequence[str],
+    layers: Mapping[str, str],
+    num_images: int,
+) -> None:
+    """What each layer saw in a user's own pictures for the class it predicts."""
+    confidences, predictions = (tensor[:num_images] for tensor in logits.softmax(1).max(1))
+    pictures = pictures[:num_images].to(next(network.parameters()).device)
+    about = (None, predictions.tolist(), confidences.tolist(), classes)
+    title = f"{len(pictures)} of {len(names)} pictures"
+    for name, layer in layers.items():
+        _save_grad_cam(
+            folder,
+            network,
+            normalise(pictures),
+            _for_display(pictures),
+            predictions,
+            about,
+            name,
+            layer,
+            "predicted",
+            title,
+            names=names[:num_images],
+        )
+
+
+def _save_grad_cam(
+    folder: Path,
+    network: nn.Module,
+    inputs: Tensor,
+    shown: np.ndarray,
+    targets: Tensor,
+    about: tuple,
+    name: str,
+    layer: str,
+    against: str,
+    title: str,
+    names: Sequence[str] = (),
+) -> None:
+    def draw() -> Figure:
+        heat_maps, map_size = explain.grad_cam(network, inputs, targets, layer)
+        return figures.grad_cam(
+            shown, heat_maps, *about, layer=name, map_size=map_size, against=against, title=title, names=names
+        )
+
+    save_figure(folder, f"grad_cam_{against}_{name}", draw)
+
+
+def write_pictures(path: Path, names: Sequence[str], logits: Tensor, classes: Sequence[str]) -> None:
+    """`predictions.csv` for a user's own pictures: name, prediction and the confidence (0..1) in it, a row per picture."""
+    confidences, predictions = logits.softmax(1).max(1)
+    rows = zip(names, predictions.tolist(), confidences.tolist(), strict=True)
+    append_csv(
+        path,
+        [
+            {"picture": name, "prediction": classes[prediction], "confidence": round(confidence, 6)}
+            for name, prediction, confidence in rows
+        ],
+    )
+
+
+def training_note(folder: Path, evaluated_on: str, test: Evaluation, max_lr: float | None, name: str) -> str:
+    """The run in a few lines of Markdown, for the top of its page in MLflow."""
+    history = read_csv(folder / "history.csv")
+    best, last = max(history, key=lambda row: row["eval_accuracy"]), history[-1]
+    reached = next((row["epoch"] for row in history if row["eval_accuracy"] >= TARGET_ACCURACY), None)
+    seconds = sum(row["epoch_seconds"] for row in history)
+    peak = "no peak" if max_lr is None else f"{max_lr:.6g}"
+    return "\n".join(
+        [
+            f"### {name}",
+            f"**Test accuracy {test.accuracy:.2f}%**, loss {test.loss:.4f}, after {last['epoch']} epochs.",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| best {evaluated_on} accuracy | {best['eval_accuracy']:.2f}% in epoch {best['epoch']} |",
+            f"| first epoch at {TARGET_ACCURACY}% | {reached or 'not reached'} |",
+            f"| max LR | {peak} |",
+            f"| time in epochs | {seconds / 60:.1f} min |",
+        ]
+    )
+
+
+def _for_display(images: Tensor) -> np.ndarray:
+    return images.detach().cpu().permute(0, 2, 3, 1).numpy()

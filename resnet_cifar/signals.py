@@ -1,0 +1,42 @@
+"""SIGINT and SIGTERM as a request to stop between two batches; a second signal ends the process at once."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass
+class StopRequest:
+    """The number of the signal that asked to stop, 0 while there was none."""
+
+    signal_number: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        """The shell's convention: 130 for SIGINT, 143 for SIGTERM."""
+        return 128 + self.signal_number
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Collect signals in a `StopRequest` instead of raising; outside the main thread, where none arrive, do nothing."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def remember(number: int, _frame: object) -> None:
+        request.signal_number = number
+        for each in previous:
+            signal.signal(each, signal.SIG_DFL)
+
+    for number in previous:
+        signal.signal(number, remember)
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

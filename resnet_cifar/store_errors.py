@@ -1,0 +1,62 @@
+"""A tracking store that cannot be used: noticed in time, and said so that a reader knows what to do."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from filelock import Timeout
+
+from resnet_cifar.delivery import reason
+from resnet_cifar.errors import StorageError, UserError
+
+T = TypeVar("T")
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """The result of `call`, or TimeoutError: names, proxies and drivers have time limits of their own, or none."""
+    outcome: list[Any] = []
+
+    def work() -> None:
+        try:
+            outcome.append((call(), None))
+        except Exception as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError(f"no answer in {seconds:.0f} seconds")
+    result, error = outcome[0]
+    if error:
+        raise error
+    return result
+
+
+@contextmanager
+def user_errors(uri: str) -> Iterator[None]:
+    """Turns what goes wrong with the store into a StorageError that says what to do."""
+    advice = "Check that it is there and can be written, or run with tracking=none."
+    try:
+        yield
+    except UserError:
+        raise
+    except Timeout:
+        advice = "Another process has held its .lock file for five minutes: stop that process."
+        raise StorageError(f"The tracking store {uri} is locked.\n{advice}") from None
+    except Exception as error:
+        text = str(error)
+        if "database is locked" in text:
+            advice = "Another program holds it: close that program, or give another tracking.uri."
+        elif "out-of-date database schema" in text or "Can't locate revision" in text:
+            advice = (
+                "Another MLflow version wrote it: pip install -U mlflow, and if it is older: mlflow db upgrade URI."
+            )
+        elif "not a database" in text or "malformed" in text:
+            advice = "The file is damaged: move it away, a new one is made, or restore a copy."
+        elif "401" in text or "403" in text:
+            advice = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
+        elif uri.startswith("http"):
+            advice = "Start the server or correct tracking.uri, or run with tracking=none."
+        raise StorageError(f"The tracking store {uri} cannot be used ({reason(error)}).\n{advice}") from None

@@ -1,0 +1,31 @@
+"""What a mistyped key or option was probably meant to be."""
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+
+def keys(container: Mapping[str, Any], parent: str = "") -> Iterator[str]:
+    """The dotted keys of every value in a tree of plain dicts, sections included."""
+    for name, value in container.items():
+        yield parent + str(name)
+        if isinstance(value, Mapping):
+            yield from keys(value, f"{parent}{name}.")
+
+
+def closest(given: str, known: Iterable[str]) -> list[str]:
+    """At most two of the known names: those with the same last part, else those spelled alike as a whole or in that part."""
+    known = list(known)
+    last = given.rpartition(".")[2]
+    by_last: dict[str, list[str]] = {}
+    for name in known:
+        by_last.setdefault(name.rpartition(".")[2], []).append(name)
+    alike = difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)
+    found = by_last.get(last) or difflib.get_close_matches(given, known, n=1, cutoff=0.8)
+    return (found or [name for part in alike for name in by_last[part]])[:2]
+
+
+def did_you_mean(given: str, known: Iterable[str], value: str = "") -> str:
+    """`"; did you mean trainer.epochs=3?"`, with `value` such as `=3` after each name, or nothing when none is close."""
+    found = closest(given, known)
+    return f"; did you mean {' or '.join(name + value for name in found)}?" if found else ""

@@ -1,0 +1,59 @@
+"""Sends later what runs could not deliver while they lived."""
+
+import logging
+from pathlib import Path
+
+from resnet_cifar.delivery import Journal, is_refused, reason
+from resnet_cifar.errors import StorageError
+from resnet_cifar.tracking import Store
+
+log = logging.getLogger(__name__)
+
+
+def sync_all(output_dir: Path) -> int:
+    """Sends the undelivered records of all runs under `output_dir` and returns their number.
+
+    Runs that are still going are left alone. Raises StorageError when something could not be sent; sending again
+    repeats nothing.
+    """
+    delivered, left = 0, 0
+    for path in sorted(output_dir.rglob("tracking.jsonl")):
+        try:
+            journal = Journal(path.parent)
+        except StorageError as error:
+            log.info("Left alone: %s", error)
+            continue
+        before = len(journal.pending())
+        try:
+            if before:
+                _send_pending(journal)
+        except Exception as error:
+            log.warning("%s: %s", path.parent, reason(error))
+        finally:
+            journal.close()
+        after = len(journal.pending())
+        delivered, left = delivered + before - after, left + after
+        if before:
+            log.info("%s: %d records sent, %d left", path.parent, before - after, after)
+    if left:
+        raise StorageError(f"{left} tracking records could not be sent; the lines above say why.\nTry again later.")
+    return delivered
+
+
+def _send_pending(journal: Journal) -> None:
+    known = next(record for record in reversed(journal.records) if record["kind"] == "start")
+    store = Store(known["uri"], create=False)
+    for record in journal.pending():
+        try:
+            store.deliver(record, journal.folder)
+        except Exception as error:
+            if is_refused(error):
+                log.warning("%s: %s is refused (%s)", journal.folder, record["kind"], reason(error))
+            elif record["kind"] in ("file", "model"):
+                log.warning("%s: %s", journal.folder, reason(error))
+                continue
+            else:
+                raise
+        journal.mark_sent(record)
+    if not journal.pending() and journal.records[-1]["kind"] != "finish":
+        store.mark_killed(store.client.get_run(known["run"]))

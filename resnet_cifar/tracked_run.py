@@ -1,0 +1,145 @@
+"""A run as the experiment sees it: every call writes a journal record and returns, threads deliver."""
+
+import functools
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resnet_cifar.delivery import Journal, Lane, reason
+from resnet_cifar.passwords import without_passwords
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+    from resnet_cifar.tracking import Store
+
+log = logging.getLogger(__name__)
+
+POINTS_PER_RECORD = 1000  # MLflow's limits for one request
+VALUES_PER_RECORD = 100
+FLUSH_SECONDS = 10.0
+UPLOAD_SECONDS = 60.0
+
+
+class NoRun:
+    """A run that is not tracked (tracking=none): every call does nothing."""
+
+    run_id = url = experiment_id = None
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Does nothing."""
+
+    def log_series(self, points: Iterable[tuple[str, float, int]]) -> None:
+        """Does nothing."""
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def log_file(self, path: Path, artifact_path: str | None = None) -> None:
+        """Does nothing."""
+
+    def log_model(self, model: "nn.Module", example: "np.ndarray", metadata: dict[str, Any]) -> None:
+        """Does nothing."""
+
+    def finish(self, status: str, note: str | None = None) -> None:
+        """Does nothing."""
+
+
+class Run(NoRun):
+    """A run in the store behind `journal`; its calls neither wait for the store nor raise when it fails."""
+
+    def __init__(self, store: "Store", journal: Journal, run_id: str, experiment_id: str) -> None:
+        self.run_id, self.experiment_id, self.url = run_id, experiment_id, store.url(experiment_id, run_id)
+        self._store, self._journal, self._finished = store, journal, False
+        deliver = functools.partial(store.deliver, folder=journal.folder)
+        # Files go their own way: a full artifact store or a long upload does not hold back metrics and status.
+        self._records = Lane("tracking store", journal, deliver, in_order=True)
+        self._files = Lane("artifact store", journal, deliver, in_order=False)
+        for record in journal.pending():
+            (self._files if record["kind"] in ("file", "model") else self._records).put(record)
+        self._records.start()
+        self._files.start()
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """One point per metric, all at `step`."""
+        self.log_series((key, value, step) for key, value in metrics.items())
+
+    def log_series(self, points: Iterable[tuple[str, float, int]]) -> None:
+        """Many points `(key, value, step)` at once."""
+        plain = [[key, _plain(value), int(step)] for key, value, step in points]
+        for first in range(0, len(plain), POINTS_PER_RECORD):
+            self._send(self._records, "metrics", points=plain[first : first + POINTS_PER_RECORD])
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Parameters; MLflow refuses to change one, which becomes a warning."""
+        self._send_values("params", params)
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Tags; the last value of each stays."""
+        self._send_values("tags", tags)
+
+    def log_file(self, path: Path, artifact_path: str | None = None) -> None:
+        """A file, which should be complete, into the folder `artifact_path` of the run's artifacts (None: the top)."""
+        # Relative where possible, so that a moved outputs folder can still be sent.
+        inside = path.resolve().is_relative_to(self._journal.folder.resolve())
+        known = path.resolve().relative_to(self._journal.folder.resolve()) if inside else path.resolve()
+        self._send(self._files, "file", path=known.as_posix(), artifact_path=artifact_path or "")
+
+    def log_model(self, model: "nn.Module", example: "np.ndarray", metadata: dict[str, Any]) -> None:
+        """Exports `model` to the run folder's `model/` and logs it as the MLflow model `model`.
+
+        `example` is its input, a batch of two or more; `metadata` is plain data that travels with the model. Takes
+        seconds. A model that torch.export cannot trace is a warning.
+        """
+        try:
+            self._store.save_model(model, example, metadata, self._journal.folder / "model", self.run_id)
+        except Exception as error:
+            log.warning(
+                "The model is not logged, its export failed (%s). The checkpoint has its weights.", reason(error)
+            )
+        else:
+            self._send(self._files, "model", path="model", name="model")
+
+    def finish(self, status: str, note: str | None = None) -> None:
+        """Ends the run as FINISHED, FAILED or KILLED; `note` replaces its Markdown summary.
+
+        Waits for what is under way, not for a store that is down: then one line says what is left and how to send it.
+        """
+        if self._finished:
+            return
+        self._finished = True
+        end = self._journal.append(self.run_id, "finish", status=status, note=without_passwords(note) if note else None)
+        if self._records.drain(FLUSH_SECONDS):
+            self._files.drain(FLUSH_SECONDS if self._files.failing else UPLOAD_SECONDS)
+            self._records.put(end)
+            self._records.drain(FLUSH_SECONDS)
+        self._records.stop()
+        self._files.stop()
+        if left := len(self._journal.pending()):
+            log.warning(
+                "%d tracking records of this run are not delivered. They are kept in %s; send them later: "
+                "python run.py task=sync",
+                *(left, self._journal.path),
+            )
+        self._journal.close()
+
+    def _send_values(self, kind: str, values: Mapping[str, Any]) -> None:
+        plain = [(key, without_passwords(str(value))) for key, value in values.items()]
+        for first in range(0, len(plain), VALUES_PER_RECORD):
+            self._send(self._records, kind, values=dict(plain[first : first + VALUES_PER_RECORD]))
+
+    def _send(self, lane: Lane, kind: str, **content: Any) -> None:
+        if not self._finished:
+            lane.put(self._journal.append(self.run_id, kind, **content))
+
+
+def _plain(value: float) -> float | str:
+    number = float(value)
+    # JSON has no nan and no infinity; float() reads the words back.
+    return number if math.isfinite(number) else str(number)
