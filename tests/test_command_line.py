@@ -1,0 +1,321 @@
+"""The command line from outside: what it prints, how it exits, what it leaves on disk."""
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from resnet_cifar import __main__, compose, experiment
+from resnet_cifar.errors import DataError, DivergedError
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "tracking=none",
+    "data=digits",
+    "trainer.epochs=1",
+    "model.width=0.125",
+    "data.train_size=64",
+    "data.test_size=20",
+]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run `main` in this process with the given arguments: exit code, stdout, stderr."""
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments, f"output_dir={tmp_path}/outputs"])
+        try:
+            __main__.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    yield run
+    for handler in [*logging.getLogger(__main__.log.name).handlers, *set(root.handlers) - set(handlers)]:
+        handler.close()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """Let each job do what the given function does with its configuration, in the place of an experiment."""
+    return lambda function: monkeypatch.setattr(experiment, "run", function)
+
+
+def python(*arguments, **environment):
+    """Run Python in the checkout in a process of its own."""
+    environment = {**os.environ, **environment}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def assert_short(message):
+    assert 1 <= len(message.splitlines()) <= 3, message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ("max_lr=0.1", "did you mean scheduler.max_lr=0.1?"),
+        ("epochs=3", "did you mean trainer.epochs=3?"),
+        ("trainer.epoch=3", "did you mean trainer.epochs=3?"),
+        ("modle=custom_resnet", "did you mean model=custom_resnet?"),
+        ("--epochs=3", "did you mean trainer.epochs=3?"),
+        ("--epochs 3", "did you mean trainer.epochs=...?"),
+        ("optimizer=sgd optimizer.momentm=0.5", "did you mean optimizer.momentum=0.5?"),
+        ("optimizer=sdg", "optimizer=sdg: choose from adam, adamw, sgd"),
+        ("experiment=quick_start", "did you mean quickstart?"),
+        ("~trainer.epoch", "did you mean trainer.epochs?"),
+        ("+seed=1", "seed has a value already"),
+        ("+experiment=quickstart", "experiment has a value already"),
+        ("scheduler.div_factor=10,25", "run it with -m"),
+        ("optimizer=adam,sgd", "run it with -m"),
+        ("seed=range(0,3)", "run it with -m"),
+        ("seed=1 -m trainer.epochs=2", "write trainer.epochs=2"),
+        ("seed", "cannot read seed: settings are written key=value"),
+        ("seed=[1", "cannot read seed=[1"),
+        ("hydra/launcher=nothing", "hydra/launcher=nothing: choose from"),
+        ("--config-dir /nowhere", "/nowhere"),
+        ("--multirun --cfg job", "only one of"),
+        ("--cfg job max_lr=0.1", "did you mean scheduler.max_lr=0.1?"),
+        ("--help optimizer=sdg", "choose from adam, adamw, sgd"),
+        ("hydra.run.dir=${nowhere}", "nowhere"),
+        ("seed=true", "seed=true should be a valid integer"),
+        ("-m seed=0,x", "seed=x should be a valid integer"),
+        ("-m seed=0 trainer.epochs=range(0,2)", "trainer.epochs=0"),
+        ("-m optimizer=adam,sdg", "choose from adam, adamw, sgd"),
+        ("-m seed=interval(0,1)", "INTERVAL_SWEEP"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_2_and_a_short_message_before_anything_is_written(
+    command, tmp_path, arguments, part
+):
+    code, out, err = command(*arguments.split())
+    assert (code, out) == (2, "")
+    assert part in err
+    assert_short(err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_password_in_a_line_that_cannot_be_read_is_not_printed(command):
+    code, _, err = command("tracking.uri=[postgresql://me:s3cr3t@host/db")
+    assert code == 2
+    assert "s3cr3t" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("# @package _global_\nseed: [1\ntask: train\n", "mine.yaml, line 3: not valid YAML"),
+        ("# @package _global_\nseed: 1\nseed: 2\n", "mine.yaml, line 3: not valid YAML: found duplicate key seed"),
+        ("# @package _global_\ntrainer:\n  epoch: 3\n", "trainer.epoch is not a key; did you mean trainer.epochs?"),
+        ("# @package _global_\ndefaults:\n  - override /optimizer: sdg\n", "choose from adam, adamw, sgd"),
+        ("# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      seed: 0,x\n", "seed=x"),
+    ],
+)
+def test_a_wrong_preset_of_the_users_own_is_refused(command, tmp_path, text, part):
+    preset = tmp_path / "conf" / "experiment" / "mine.yaml"
+    preset.parent.mkdir(parents=True)
+    preset.write_text(text)
+    code, _, err = command("--config-dir", str(tmp_path / "conf"), "experiment=mine")
+    assert code == 2
+    assert part in err
+    assert_short(err)
+
+
+def test_a_launcher_that_is_not_installed_is_named_with_its_extra(command, monkeypatch):
+    monkeypatch.setitem(compose.LAUNCHER_EXTRAS, "not_installed", "parallel")
+    code, _, err = command("-m", "hydra/launcher=not_installed", "seed=0,1")
+    assert code == 2
+    assert 'pip install -e ".[parallel]"' in err
+
+
+def test_a_whole_run_ends_with_0_and_leaves_its_log_in_its_folder(command, tmp_path):
+    code, out, err = command(*TINY, "task=find_lr", "lr_finder.num_iter=3")
+    assert code == 0, err
+    [folder] = (tmp_path / "outputs" / "runs").iterdir()
+    logged = (folder / "run.log").read_text()
+    assert out.strip()
+    assert all(line in logged for line in out.splitlines())
+
+
+def test_a_device_that_is_not_there_ends_with_2(command):
+    code, _, err = command(*TINY, "trainer.device=cuda:99")
+    assert code == 2
+    assert_short(err)
+
+
+def test_an_output_folder_that_cannot_be_written_ends_with_5(command, tmp_path):
+    (tmp_path / "outputs").write_text("a file in the way")
+    code, _, err = command(*TINY)
+    assert code == 5
+    assert_short(err)
+
+
+def test_the_errors_of_a_run_give_its_exit_code_and_its_message_once(command, job, tmp_path):
+    def no_images(cfg):
+        raise DataError("there are no images here\nset data.root=...")
+
+    job(no_images)
+    code, out, err = command()
+    assert (code, out, err) == (3, "", "there are no images here\nset data.root=...\n")
+    [log] = tmp_path.glob("outputs/runs/*/run.log")
+    assert "there are no images here" in log.read_text()
+
+
+def test_an_unforeseen_error_ends_with_1_and_leaves_its_traceback_in_the_log(command, job, tmp_path):
+    job(lambda cfg: 1 / 0)
+    code, _, err = command()
+    [log] = tmp_path.glob("outputs/runs/*/run.log")
+    assert code == 1
+    assert err == f"ZeroDivisionError: division by zero\nthe traceback is in {log}\n"
+    assert "Traceback" in log.read_text()
+
+
+def test_hydra_full_error_shows_the_traceback(command, job, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    job(lambda cfg: 1 / 0)
+    code, _, err = command()
+    assert code == 1
+    assert "Traceback" in err
+
+
+@pytest.mark.parametrize("exit_code", [0, 6, 130, 143])
+def test_a_run_that_exits_by_itself_keeps_its_exit_code(command, job, exit_code):
+    job(lambda cfg: sys.exit(exit_code))
+    assert command()[0] == exit_code
+
+
+def test_an_interrupt_ends_with_130(command, job):
+    def interrupt(cfg):
+        raise KeyboardInterrupt
+
+    job(interrupt)
+    code, _, err = command()
+    assert (code, err) == (130, "interrupted\n")
+
+
+def test_a_job_that_fails_in_a_sweep_stops_no_other_and_the_sweep_ends_with_1(command, job, tmp_path):
+    seeds = []
+
+    def fail_for_some(cfg):
+        seeds.append(cfg.seed)
+        if cfg.seed == 0:
+            raise DivergedError("the loss is not finite")
+        if cfg.seed == 1:
+            sys.exit(4)
+        return 1 / (cfg.seed - 2)
+
+    job(fail_for_some)
+    code, _, err = command("-m", "seed=0,1,2,3", "hydra.sweeper.max_batch_size=2")
+    assert (code, seeds) == (1, [0, 1, 2, 3])
+    assert "3 of the sweep's jobs failed" in err
+    [failed] = tmp_path.glob("outputs/sweeps/*/failed_jobs.txt")
+    assert [line.partition(" ")[0] for line in failed.read_text().splitlines()] == ["0", "1", "2"]
+    assert sorted(path.parent.name for path in failed.parent.glob("*/run.log")) == ["0", "1", "2", "3"]
+
+
+def test_a_sweep_without_failures_ends_with_0(command, job, tmp_path):
+    job(lambda cfg: 0.0)
+    assert command("-m", "seed=0,1")[0] == 0
+    assert not list(tmp_path.glob("outputs/sweeps/*/failed_jobs.txt"))
+
+
+@pytest.mark.parametrize("signal_code", [130, 143])
+def test_a_signal_ends_the_whole_sweep(command, job, signal_code):
+    seeds = []
+
+    def stop(cfg):
+        seeds.append(cfg.seed)
+        sys.exit(signal_code)
+
+    job(stop)
+    assert command("-m", "seed=0,1")[0] == signal_code
+    assert seeds == [0]
+
+
+def test_two_runs_of_the_same_second_have_folders_of_their_own(command, job, tmp_path):
+    job(lambda cfg: 0.0)
+    for _ in range(2):
+        command("hydra.run.dir=${output_dir}/runs/same_second_${unique:}")
+    assert len(list((tmp_path / "outputs" / "runs").iterdir())) == 2
+
+
+def test_help_is_a_documentation(command):
+    code, out, _ = command("--help")
+    assert code == 0
+    assert len(re.findall(r"^python run.py", out, flags=re.MULTILINE)) == 5
+    for path in (compose.CONF / "experiment").glob("*.yaml"):
+        purpose = path.read_text().splitlines()[1].lstrip("# ")
+        assert f"{path.stem:<14}{purpose}" in out
+    for group in ("model", "data", "augmentation", "optimizer", "scheduler", "tracking", "experiment"):
+        options = sorted(path.stem for path in (compose.CONF / group).glob("*.yaml"))
+        assert f"{group}: {', '.join(options)}" in out
+
+
+def test_the_keys_in_the_help_exist(command):
+    _, out, _ = command("--help")
+    [(cfg, _)] = compose.compose(compose.parse_arguments([]))
+    main_keys = re.findall(r"^  ([\w.]+)", out.partition("Main keys")[2], flags=re.MULTILINE)
+    assert len(main_keys) > 10
+    for key in main_keys:
+        section, _, name = key.rpartition(".")
+        assert name in (cfg[section] if section else cfg), key
+
+
+@pytest.mark.parametrize(
+    "flags", [["--help"], ["--cfg", "job"], ["--hydra-help"], ["--version"], ["--info", "searchpath"]]
+)
+def test_flags_that_only_show_something_import_nothing_heavy(flags):
+    code = (
+        f"import sys; sys.argv = ['run.py', *{flags}]\n"
+        "from resnet_cifar.__main__ import main\n"
+        "try: main()\n"
+        "finally: assert not {'torch', 'mlflow', 'numpy', 'pydantic'} & set(sys.modules)"
+    )
+    shown = python("-c", code)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout
+
+
+def test_shell_completion_completes():
+    completed = python("run.py", "-sc", "query=bash", COMP_LINE="run.py opti", COMP_POINT="11")
+    assert (completed.returncode, completed.stdout.split()) == (0, ["optimizer.", "optimizer="])
+
+
+def test_a_reader_who_leaves_early_is_no_error():
+    process = subprocess.Popen(
+        [sys.executable, "run.py", "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 141)
+    process.stderr.close()
+
+
+def test_run_py_and_the_module_are_the_same_command():
+    script, module = python("run.py", "--cfg", "job", "seed=7"), python("-m", "resnet_cifar", "--cfg", "job", "seed=7")
+    assert script.returncode == module.returncode == 0
+    assert script.stdout == module.stdout
+    assert "seed: 7" in script.stdout
+
+
+def test_the_default_output_folder_is_the_checkouts_whatever_the_working_directory(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    [(cfg, _)] = compose.compose(compose.parse_arguments([]))
+    assert cfg.output_dir == str(ROOT / "outputs")
+
+
+def test_an_installed_wheel_writes_into_the_working_directory(monkeypatch, tmp_path):
+    monkeypatch.setattr(compose, "INSTALLED", True)
+    monkeypatch.chdir(tmp_path)
+    assert compose.outputs() == str(tmp_path / "outputs")

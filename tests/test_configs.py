@@ -1,0 +1,69 @@
+"""Every YAML in conf/ composes, passes the schema and names targets that take the arguments beside them."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from resnet_cifar import parts, schema
+from resnet_cifar.compose import CONF, compose, parse_arguments
+from resnet_cifar.suggestions import keys
+
+GROUPS = sorted(path for path in CONF.rglob("*.yaml") if path.parent not in (CONF, *CONF.glob("hydra/*")))
+
+
+def composed(*overrides):
+    [(cfg, _)] = compose(parse_arguments(overrides))
+    return cfg
+
+
+@pytest.mark.parametrize("option", [f"{path.parent.name}={path.stem}" for path in GROUPS])
+def test_every_option_of_every_group_composes_and_its_targets_take_its_arguments(option):
+    cfg = composed(option)
+    schema.check(cfg, [option])
+    parts.check_targets(cfg)
+
+
+def test_session_10_is_the_defaults():
+    assert composed("experiment=session_10") == composed()
+
+
+def test_the_defaults_are_the_assignment():
+    cfg = OmegaConf.to_container(composed(), resolve=True)
+    assert cfg["optimizer"] == {"_target_": "torch.optim.Adam", "lr": 1e-3, "weight_decay": 1e-7}
+    assert cfg["scheduler"] == {
+        "_target_": "torch.optim.lr_scheduler.OneCycleLR",
+        "max_lr": "find",
+        "pct_start": 5 / 24,
+        "div_factor": 100,
+        "final_div_factor": 100,
+        "anneal_strategy": "linear",
+        "three_phase": False,
+    }
+    assert (cfg["trainer"]["epochs"], cfg["data"]["batch_size"], cfg["model"]["width"]) == (24, 512, 1.0)
+    finder = {"end_lr": 0.1, "num_iter": 100, "step_mode": "exp", "select": "min_loss"}
+    assert cfg["lr_finder"] == finder
+
+
+def test_digits_are_never_flipped():
+    transforms = composed("data=digits").augmentation.transforms
+    assert not any("Flip" in transform._target_ for transform in transforms)
+
+
+def test_the_augmentation_chosen_by_hand_wins_over_the_one_of_digits():
+    assert composed("data=digits", "augmentation=none").augmentation.transforms == []
+
+
+def test_a_preset_is_a_delta_whose_header_says_purpose_and_command():
+    for path in (CONF / "experiment").glob("*.yaml"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        delta = [line for line in lines if not line.startswith("#")]
+        assert len(delta) <= 15, path
+        assert f"python run.py experiment={path.stem}" in "\n".join(lines), path
+
+
+def test_the_schema_knows_no_key_that_conf_does_not_have():
+    configured = set(keys(OmegaConf.to_container(composed(), resolve=False)))
+    for section, fields in schema.Config.__annotations__.items():
+        closed = getattr(fields, "__pydantic_config__", {}).get("extra") == "forbid"
+        assert section in configured
+        for field in fields.__annotations__ if closed else ():
+            assert f"{section}.{field}" in configured

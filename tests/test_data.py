@@ -1,0 +1,128 @@
+"""Data sets as tensors, subsets, the held-out split and the order of batches."""
+
+import os
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from resnet_cifar.data import (
+    Digits,
+    Images,
+    as_images,
+    dataset_error,
+    hold_out,
+    seeded,
+    shuffled_batches,
+    steps_per_epoch,
+    subset,
+    training_batches,
+)
+from resnet_cifar.errors import ConfigError
+
+
+def numbered(n=100):
+    """Images whose pixels are their index."""
+    pixels = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 3, 32, 32)
+    return Images(pixels.contiguous(memory_format=torch.channels_last), torch.arange(n), ("a", "b"))
+
+
+def test_digits_are_split_1437_to_360_with_every_class_in_proportion():
+    train, test = as_images(Digits(train=True)), as_images(Digits(train=False))
+    assert train.images.shape == (1437, 3, 32, 32) and test.images.shape == (360, 3, 32, 32)
+    shares = [images.labels.bincount() / len(images) for images in (train, test)]
+    assert torch.allclose(*shares, atol=0.005)
+
+
+def test_digits_of_the_two_splits_are_different_images():
+    train, test = (as_images(Digits(train)).images.flatten(1) for train in (True, False))
+    assert not {row.numpy().tobytes() for row in test} & {row.numpy().tobytes() for row in train}
+
+
+def test_images_share_memory_with_the_data_set():
+    class DataSet:
+        data = np.zeros((2, 32, 32, 3), dtype=np.uint8)
+        targets = (0, 1)
+        classes = ("a", "b")
+
+    images = as_images(DataSet())
+    DataSet.data[1, 5, 6, 2] = 7
+    assert images.images[1, 2, 5, 6] == 7
+
+
+def test_cifar10_is_the_real_one():
+    folder = os.environ.get("CIFAR10_ROOT", Path(__file__).parents[2] / "shared" / "data")
+    if not Path(folder, "cifar-10-batches-py").is_dir():
+        pytest.skip(f"CIFAR-10 is neither in {folder} nor named by CIFAR10_ROOT")
+    test = as_images(torchvision.datasets.CIFAR10(folder, train=False))
+    assert test.images.shape == (10_000, 3, 32, 32)
+    assert test.labels.bincount().tolist() == [1000] * 10
+    assert test.classes[:3] == ("airplane", "automobile", "bird")
+
+
+def test_a_subset_is_the_first_images():
+    assert subset(numbered(), 7, "data.train_size").labels.tolist() == list(range(7))
+    assert len(subset(numbered(), None, "data.train_size")) == 100
+
+
+def test_a_subset_larger_than_the_data_set_is_refused():
+    with pytest.raises(ConfigError, match=r"data\.train_size=101"):
+        subset(numbered(), 101, "data.train_size")
+
+
+def test_held_out_images_are_no_training_images_and_always_the_same():
+    train, val = hold_out(numbered(), 20)
+    assert sorted([*train.labels.tolist(), *val.labels.tolist()]) == list(range(100))
+    torch.manual_seed(123)
+    assert torch.equal(hold_out(numbered(), 20)[1].labels, val.labels)
+
+
+def test_an_epoch_has_every_image_once_and_the_smaller_batch_last():
+    batches = list(shuffled_batches(numbered(), 32, seed=0, epoch=1))
+    assert [len(labels) for _, labels in batches] == [32, 32, 32, 4]
+    assert steps_per_epoch(numbered(), 32) == 4
+    assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == list(range(100))
+
+
+def test_images_stay_with_their_labels():
+    for images, labels in shuffled_batches(numbered(), 32, seed=0, epoch=1):
+        assert torch.equal(images[:, 0, 0, 0].long(), labels)
+
+
+def order(**key):
+    return torch.cat([labels for _, labels in shuffled_batches(numbered(), 32, **key)]).tolist()
+
+
+def test_order_is_set_by_seed_and_epoch():
+    assert order(seed=0, epoch=1) == order(seed=0, epoch=1)
+    assert order(seed=0, epoch=1) != order(seed=0, epoch=2)
+    assert order(seed=0, epoch=1) != order(seed=1, epoch=1)
+
+
+def test_skipped_batches_change_nothing_about_the_rest():
+    def draw(images, generator):
+        return images + torch.randint(0, 100, (len(images), 1, 1, 1), generator=generator)
+
+    whole = [images for images, _ in training_batches(numbered(), draw, 32, seed=0, epoch=3)]
+    rest = [images for images, _ in training_batches(numbered(), draw, 32, seed=0, epoch=3, skip=2)]
+    assert all(torch.equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
+
+
+def test_generators_of_different_keys_differ():
+    draws = {torch.rand(1, generator=seeded(*key)).item() for key in [(0, 0, 1), (0, 1, 1), (1, 0, 1), (0, 1, 1, 1), (2**31, 0, 1)]}
+    assert len(draws) == 5
+
+
+def test_a_failed_download_names_the_offline_command():
+    message = str(dataset_error(URLError("no route to host"), "data"))
+    assert "no route to host" in message and "python run.py experiment=quickstart" in message
+    assert len(message.splitlines()) <= 3
+
+
+def test_a_corrupt_data_set_is_called_corrupt(tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    message = str(dataset_error(RuntimeError("Dataset not found or corrupted."), str(tmp_path)))
+    assert "corrupt" in message and len(message.splitlines()) <= 3

@@ -1,0 +1,575 @@
+"""Real MLflow on real SQLite; a stub server for the ways in which a server fails."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow_stub import StubServer
+
+from resnet_cifar import delivery, store_errors, tracked_run, tracking
+from resnet_cifar.delivery import Journal
+from resnet_cifar.deployed_model import DeployedModel
+from resnet_cifar.errors import CheckpointError, ConfigError, StorageError
+from resnet_cifar.process_identity import identity, is_alive, is_gone
+from resnet_cifar.sync import sync_all
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    database = tmp_path_factory.mktemp("template") / "mlflow.db"
+    tracking.Store(f"sqlite:///{database}").client.search_experiments()
+    return database
+
+
+@pytest.fixture
+def database(template, tmp_path):
+    return Path(shutil.copy(template, tmp_path / "mlflow.db"))
+
+
+@pytest.fixture
+def client(database):
+    return tracking.Store(f"sqlite:///{database}").client
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    monkeypatch.setattr(delivery, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(tracked_run, "FLUSH_SECONDS", 0.5)
+    stub = StubServer()
+    yield stub
+    stub.released.set()
+    stub.gone()
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    monkeypatch.setattr(tracked_run, "FLUSH_SECONDS", 60.0)
+
+
+def start(uri, folder, *, artifacts=None, **changes):
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(uri, Path):
+        uri, artifacts = f"sqlite:///{uri}", artifacts or uri.parent / "artifacts"
+    given = {"experiment": "e", "run_name": None, "params": {"seed": 0}, "tags": {"sweep": "s"}, **changes}
+    return tracking.start(uri=uri, artifacts=artifacts, folder=folder, **given)
+
+
+def history(client, run_id, key):
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
+
+
+def text_file(folder, text="one\n"):
+    path = folder / "history.csv"
+    path.write_text(text)
+    return path
+
+
+# What a run leaves in the store
+
+
+def test_a_run_is_in_the_store_with_everything_it_logged(database, client, tmp_path, patient):
+    run = start(database, tmp_path / "run", run_name="first")
+    run.log_metrics({"train/loss": torch.tensor(0.5), "test/loss": float("nan")}, step=3)
+    run.log_series([("lr_finder/loss", 1 / (1 + step), step) for step in range(1500)])
+    run.set_tags({"max_lr_source": "find"})
+    run.finish("FINISHED", note="# 93%")
+    stored = client.get_run(run.run_id)
+    assert (stored.info.status, stored.info.run_name, stored.data.params) == ("FINISHED", "first", {"seed": "0"})
+    assert {"sweep": "s", "max_lr_source": "find", "mlflow.note.content": "# 93%"}.items() <= stored.data.tags.items()
+    assert history(client, run.run_id, "train/loss") == [(3, 0.5)]
+    assert np.isnan(stored.data.metrics["test/loss"])
+    assert len(history(client, run.run_id, "lr_finder/loss")) == 1500
+    assert run.experiment_id == stored.info.experiment_id
+
+
+def test_sending_a_journal_again_doubles_nothing(database, client, tmp_path, patient):
+    run = start(database, tmp_path / "run")
+    run.log_series([("loss", float("nan") if step == 7 else step / 3, step) for step in range(1200)])
+    run.log_file(text_file(tmp_path / "run"))
+    run.finish("FINISHED", note="done")
+    (tmp_path / "run" / "tracking.sent").unlink()
+    assert sync_all(tmp_path) == 5
+    assert len(history(client, run.run_id, "loss")) == 1200
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+
+
+def test_files_are_hard_links_into_a_local_store(database, client, tmp_path, patient):
+    run = start(database, tmp_path / "run")
+    path = text_file(tmp_path / "run")
+    run.log_file(path, "tables")
+    run.finish("FINISHED")
+    stored = tmp_path / "artifacts" / run.run_id / "artifacts" / "tables" / "history.csv"
+    assert stored.samefile(path)
+    assert [file.path for file in client.list_artifacts(run.run_id, "tables")] == ["tables/history.csv"]
+
+
+def test_files_are_copied_where_links_are_not_possible(database, tmp_path, patient, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError("no links here")))
+    run = start(database, tmp_path / "run")
+    run.log_file(text_file(tmp_path / "run"))
+    run.finish("FINISHED")
+    assert (tmp_path / "artifacts" / run.run_id / "artifacts" / "history.csv").read_text() == "one\n"
+
+
+def test_a_file_logged_again_is_the_new_one_in_the_store(database, tmp_path, patient):
+    run = start(database, tmp_path / "run")
+    run.log_file(text_file(tmp_path / "run"))
+    run._files.drain(60)
+    replacement = tmp_path / "new"
+    replacement.write_text("two\n")
+    replacement.replace(tmp_path / "run" / "history.csv")
+    run.log_file(tmp_path / "run" / "history.csv")
+    run.finish("FINISHED")
+    assert (tmp_path / "artifacts" / run.run_id / "artifacts" / "history.csv").read_text() == "two\n"
+
+
+def test_an_unwritable_artifact_store_is_a_warning_and_the_rest_arrives(
+    database, client, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(delivery, "RETRY_SECONDS", 0.05)
+    run = start(database, tmp_path / "run")
+    shutil.rmtree(tmp_path / "artifacts")
+    (tmp_path / "artifacts").write_text("a file where the folder should be")
+    run.log_file(text_file(tmp_path / "run"))
+    run._files.drain(0.2)
+    monkeypatch.setattr(tracked_run, "FLUSH_SECONDS", 2.0)
+    run.log_metrics({"loss": 1.0}, step=1)
+    run.finish("FINISHED")
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    assert history(client, run.run_id, "loss") == [(1, 1.0)]
+    assert "artifact store fails" in caplog.text and "1 tracking records of this run are not delivered" in caplog.text
+    (tmp_path / "artifacts").unlink()
+    assert sync_all(tmp_path) == 1
+    assert [file.path for file in client.list_artifacts(run.run_id)] == ["history.csv"]
+
+
+def test_a_refused_record_is_a_warning_and_holds_nothing_back(database, client, tmp_path, patient, caplog):
+    run = start(database, tmp_path / "run")
+    run.log_params({"seed": 1})
+    run.log_file(tmp_path / "run" / "never_written.png")
+    run.finish("FINISHED")
+    stored = client.get_run(run.run_id)
+    assert (stored.info.status, stored.data.params) == ("FINISHED", {"seed": "0"})
+    assert "tracking store refuses params" in caplog.text and "artifact store refuses file" in caplog.text
+    assert sync_all(tmp_path) == 0
+
+
+def test_passwords_do_not_reach_the_store(database, client, tmp_path, patient):
+    run = start(database, tmp_path / "run", tags={"overrides": "tracking.uri=http://me:hidden@host"})
+    run.finish("FAILED", note="no answer from http://me:hidden@host")
+    assert "hidden" not in str(client.get_run(run.run_id).data.tags)
+    assert "hidden" not in (tmp_path / "run" / "tracking.jsonl").read_text()
+
+
+def test_an_address_with_a_password_or_without_a_store_is_refused(tmp_path):
+    for uri in ("http://me:hidden@host:5000", "mlruns", "file:///tmp/mlruns", "sqlite:///:memory:", "sqlite://x.db"):
+        with pytest.raises(ConfigError) as error:
+            start(uri, tmp_path / "run")
+        assert "hidden" not in str(error.value)
+
+
+def test_a_relative_database_becomes_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert tracking.Store("sqlite:///mlflow.db").uri == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_links_open_the_run():
+    assert tracking.Store("http://host:5000/").url("1", "abc") == (
+        "http://host:5000/#/experiments/1/runs/abc?workflowType=machine_learning"
+    )
+    assert tracking.Store("sqlite:////a/b.db").url("1", "abc") == "mlflow ui --backend-store-uri sqlite:////a/b.db"
+
+
+def test_without_a_store_nothing_is_written(tmp_path):
+    run = start(None, tmp_path / "run")
+    run.log_metrics({"loss": 1.0}, step=1)
+    run.log_file(tmp_path / "run" / "missing")
+    run.finish("FINISHED")
+    assert run.run_id is None and run.url is None
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_the_untracked_run_has_every_call_of_the_tracked_one():
+    public = {name for name in vars(tracked_run.Run) if not name.startswith("_")}
+    assert public == {name for name in vars(tracked_run.NoRun) if callable(getattr(tracked_run.NoRun, name))} - {
+        name for name in vars(tracked_run.NoRun) if name.startswith("_")
+    }
+
+
+def test_mlflow_is_imported_only_when_a_run_is_tracked():
+    code = "import sys, resnet_cifar.tracking, resnet_cifar.sync; print('mlflow' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+# The model
+
+
+def test_the_model_predicts_any_batch_size_without_this_package(database, client, tmp_path, patient):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
+    network.append(torch.nn.Linear(4 * 6 * 6, 10))
+    model = DeployedModel(network, mean=[0.5, 0.4, 0.3], std=[0.2, 0.2, 0.2])
+    pictures = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    run = start(database, tmp_path / "run")
+    run.log_model(model, pictures[:2], {"classes": ["plane", "car"]})
+    run.finish("FINISHED")
+    np.save(tmp_path / "pictures.npy", pictures)
+    code = (
+        "import sys; sys.modules['resnet_cifar'] = None\n"
+        "import mlflow, numpy as np\n"
+        f"mlflow.set_tracking_uri('sqlite:///{database}')\n"
+        f"model = mlflow.pyfunc.load_model('runs:/{run.run_id}/model')\n"
+        "assert model.metadata.metadata['classes'] == ['plane', 'car']\n"
+        "pictures = np.load('pictures.npy')\n"
+        "np.save('logits.npy', np.concatenate([model.predict(pictures[:1]), model.predict(pictures[1:])]))\n"
+    )
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, env=environment, check=True)
+    images = (torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255 - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / 0.2
+    with torch.no_grad():
+        expected = network.eval()(images).numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, rtol=1e-4, atol=1e-5)
+    outputs = client.get_run(run.run_id).outputs.model_outputs
+    assert len(outputs) == 1 and client.get_logged_model(outputs[0].model_id).status == "READY"
+
+
+def test_a_model_that_cannot_be_exported_is_a_warning(database, client, tmp_path, patient, caplog):
+    class Untraceable(torch.nn.Module):
+        def forward(self, x):
+            return x.float() if x.float().mean().item() > 0 else x.float() * 2
+
+    run = start(database, tmp_path / "run")
+    run.log_model(Untraceable(), np.ones((2, 3), dtype=np.uint8), {})
+    run.finish("FINISHED")
+    assert "The model is not logged" in caplog.text
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+
+
+def test_deploying_leaves_the_network_as_it_was():
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last).train()
+    DeployedModel(network, [0.5] * 3, [0.5] * 3)
+    assert network.training and network[0].weight.requires_grad
+    assert network[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+# Continued, killed and concurrent runs
+
+
+def test_a_run_goes_on_under_its_id(database, client, tmp_path, patient):
+    first = start(database, tmp_path / "run")
+    first.log_metrics({"loss": 2.0}, step=1)
+    first.finish("KILLED")
+    second = start(database, tmp_path / "run", run_id=first.run_id)
+    assert client.get_run(first.run_id).info.status == "RUNNING"
+    second.log_metrics({"loss": 1.0}, step=2)
+    second.finish("FINISHED")
+    assert history(client, first.run_id, "loss") == [(1, 2.0), (2, 1.0)]
+    assert client.get_run(first.run_id).info.status == "FINISHED"
+
+
+def test_a_run_that_is_not_there_cannot_go_on(database, tmp_path):
+    with pytest.raises(CheckpointError, match="is not in"):
+        start(database, tmp_path / "run", run_id="0" * 32)
+
+
+def test_the_folder_of_a_run_that_is_going_is_refused(database, tmp_path, patient):
+    run = start(database, tmp_path / "run")
+    with pytest.raises(StorageError, match="Another process"):
+        start(database, tmp_path / "run", run_id=run.run_id)
+    run.finish("FINISHED")
+
+
+def start_elsewhere(database, folder, then):
+    """Another process that starts a run, says its id and goes on with `then`."""
+    code = (
+        "import sys, time, os\nfrom pathlib import Path\nfrom resnet_cifar import tracking\n"
+        f"run = tracking.start(uri='sqlite:///{database}', artifacts={str(folder.parent)!r} + '/artifacts', experiment='e',"
+        f" run_name=None, folder=Path({str(folder)!r}), params={{}}, tags={{'mlflow.note.content': 'so far'}})\n"
+        f"print(run.run_id, flush=True)\n{then}\n"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", code]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_process_leaves_a_run_that_the_next_start_ends(database, client, tmp_path, patient, caplog):
+    process = start_elsewhere(database, tmp_path / "killed", "run.log_metrics({'loss': 1.0}, step=1); time.sleep(600)")
+    killed = process.stdout.readline().strip()
+    alive = start(database, tmp_path / "alive")
+    assert client.get_run(killed).info.status == "RUNNING"
+    with pytest.raises(StorageError, match="still going"):
+        start(database, tmp_path / "other", run_id=killed)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    process.stderr.close()
+    start(database, tmp_path / "next").finish("FINISHED")
+    run = client.get_run(killed)
+    assert run.info.status == "KILLED"
+    assert run.data.tags["mlflow.note.content"].startswith("so far\n\n")
+    assert f"resume={killed}" in run.data.tags["mlflow.note.content"] and f"resume={killed}" in caplog.text
+    assert client.get_run(alive.run_id).info.status == "RUNNING"
+    alive.finish("FINISHED")
+
+
+def test_runs_of_other_hosts_are_left_alone(database, client, tmp_path, patient):
+    experiment = client.create_experiment("e", artifact_location=(tmp_path / "artifacts").as_uri())
+    tags = {**identity(tmp_path), "process.host": "elsewhere", "process.started": "1"}
+    other = client.create_run(experiment, tags=tags)
+    start(database, tmp_path / "run").finish("FINISHED")
+    assert client.get_run(other.info.run_id).info.status == "RUNNING"
+
+
+def test_after_a_reboot_the_lock_on_the_folder_tells(tmp_path):
+    tags = {**identity(tmp_path), "process.boot": "an earlier boot"}
+    assert not is_gone(tags)  # no journal: nothing is known
+    journal = Journal(tmp_path)
+    journal.append("r", "start", uri="u", experiment_id="1")
+    assert not is_gone(tags)
+    journal.close()
+    assert is_gone(tags)
+
+
+def test_a_reused_pid_is_another_process(tmp_path):
+    child = subprocess.Popen(["sleep", "600"])
+    tags = {**identity(tmp_path), "process.pid": str(child.pid)}
+    assert is_gone(tags) and not is_alive(tags)  # started at another time than we
+    child.kill()
+    child.wait()
+
+
+def test_eight_processes_create_the_database_together(tmp_path):
+    then = "run.log_metrics({'loss': 1.0}, step=1)\nrun.finish('FINISHED')"
+    processes = [start_elsewhere(tmp_path / "new" / "mlflow.db", tmp_path / str(n), then) for n in range(8)]
+    outcomes = [(*process.communicate(timeout=300), process.returncode) for process in processes]
+    assert [(error, code) for _, error, code in outcomes] == [("", 0)] * 8
+    client = tracking.Store(f"sqlite:///{tmp_path}/new/mlflow.db").client
+    experiment = client.get_experiment_by_name("e")
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.run_id for run in runs} == {out.strip() for out, _, _ in outcomes}
+    assert {(run.info.status, run.data.metrics["loss"]) for run in runs} == {("FINISHED", 1.0)}
+
+
+# Stores that cannot be used
+
+
+def one_error(*arguments, **keywords):
+    with pytest.raises(StorageError) as caught:
+        start(*arguments, **keywords)
+    assert len(str(caught.value).splitlines()) <= 3
+    return str(caught.value)
+
+
+def test_a_database_held_by_another_program_is_an_error(database, tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "BUSY_SECONDS", 0.2)
+    holder = sqlite3.connect(database, isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    assert "close that program" in one_error(database, tmp_path / "run")
+    holder.close()
+
+
+def test_a_damaged_database_is_an_error(tmp_path):
+    (tmp_path / "mlflow.db").write_bytes(b"not a database, though it has its name" * 100)
+    assert "damaged" in one_error(tmp_path / "mlflow.db", tmp_path / "run")
+
+
+def test_a_database_of_another_version_is_an_error(database, tmp_path):
+    with sqlite3.connect(database) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
+    connection.close()
+    assert "Another MLflow version" in one_error(database, tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    one_error(tmp_path / "file" / "mlflow.db", tmp_path / "run")
+
+
+def test_artifacts_that_cannot_be_kept_are_an_error(database, tmp_path):
+    (tmp_path / "file").write_text("")
+    one_error(database, tmp_path / "run", artifacts=tmp_path / "file" / "artifacts")
+
+
+def test_a_deleted_experiment_is_an_error_that_says_how_to_restore_it(database, client, tmp_path):
+    experiment = client.create_experiment("e")
+    client.delete_experiment(experiment)
+    assert f"restore -x {experiment}" in one_error(database, tmp_path / "run")
+
+
+def test_a_dead_server_is_an_error(server, tmp_path):
+    server.gone()
+    assert "Start the server" in one_error(server.uri, tmp_path / "run")
+    server.started()
+
+
+def test_a_server_that_hangs_is_an_error(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "SERVER_SECONDS", 0.3)
+    server.mode = "hang"
+    assert "no answer" in one_error(server.uri, tmp_path / "run")
+
+
+def test_a_call_that_takes_too_long_is_given_up():
+    released = threading.Event()
+    with pytest.raises(TimeoutError):
+        store_errors.within(0.05, released.wait)
+    released.set()
+    assert store_errors.within(60, lambda: 3) == 3
+
+
+# Servers that fail in the middle of a run
+
+
+def break_down(server, fault):
+    if fault == "gone":
+        server.gone()
+    else:
+        server.mode = fault
+
+
+def come_back(server, fault):
+    if fault == "gone":
+        server.started()
+    server.mode = "ok"
+    server.released.set()
+
+
+@pytest.mark.parametrize("fault", ["gone", "error", "hang"])
+def test_what_a_server_misses_is_sent_later_and_once(server, tmp_path, caplog, fault):
+    run = start(server.uri, tmp_path / "run")
+    run.log_metrics({"loss": 3.0}, step=1)
+    assert run._records.drain(60)
+    break_down(server, fault)
+    run.log_metrics({"loss": 2.0}, step=2)  # returns although nobody answers
+    run.log_metrics({"loss": 1.0}, step=3)
+    run.finish("FINISHED", note="done")
+    assert server.points(run.run_id) == [("loss", 1)]
+    assert "3 tracking records of this run are not delivered" in caplog.text and "task=sync" in caplog.text
+    come_back(server, fault)
+    assert sync_all(tmp_path) == 3
+    assert sync_all(tmp_path) == 0
+    assert server.points(run.run_id) == [("loss", 1), ("loss", 2), ("loss", 3)]
+    assert server.runs[run.run_id]["status"] == "FINISHED"
+
+
+def test_a_server_that_comes_back_gets_everything_in_order(server, tmp_path, caplog, patient):
+    caplog.set_level(logging.INFO)
+    run = start(server.uri, tmp_path / "run")
+    break_down(server, "error")
+    run.log_metrics({"loss": 2.0}, step=1)
+    run.log_metrics({"loss": 1.0}, step=2)
+    assert not run._records.drain(0.3)
+    come_back(server, "error")
+    run.finish("FINISHED")
+    assert server.points(run.run_id) == [("loss", 1), ("loss", 2)]
+    assert server.runs[run.run_id]["status"] == "FINISHED"
+    assert caplog.text.count("tracking store fails") == 1 and "works again" in caplog.text
+
+
+def test_syncing_with_a_dead_server_keeps_everything(server, tmp_path):
+    run = start(server.uri, tmp_path / "run")
+    assert run._records.drain(60)
+    server.gone()
+    run.finish("FINISHED")
+    with pytest.raises(StorageError, match="1 tracking records"):
+        sync_all(tmp_path)
+    server.started()
+    assert sync_all(tmp_path) == 1
+
+
+def test_syncing_leaves_a_run_that_is_going_alone(server, tmp_path, patient):
+    run = start(server.uri, tmp_path / "run")
+    assert sync_all(tmp_path) == 0
+    run.finish("FINISHED")
+
+
+def test_syncing_a_run_without_an_end_says_that_it_was_killed(server, tmp_path):
+    run = start(server.uri, tmp_path / "run")
+    assert run._records.drain(60)
+    server.mode = "error"
+    run.log_metrics({"loss": 1.0}, step=1)
+    run._records.stop()
+    run._journal.close()  # as when the process is killed
+    server.mode = "ok"
+    assert sync_all(tmp_path) == 1
+    assert server.points(run.run_id) == [("loss", 1)]
+    assert server.runs[run.run_id]["status"] == "KILLED"
+
+
+def test_an_end_that_was_not_sent_does_not_end_the_run_that_goes_on(server, tmp_path, patient):
+    run = start(server.uri, tmp_path / "run")
+    assert run._records.drain(60)
+    break_down(server, "error")
+    tracked = server.runs[run.run_id]
+    run.log_metrics({"loss": 2.0}, step=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracked_run, "FLUSH_SECONDS", 0.2)
+        run.finish("FAILED")
+    come_back(server, "error")
+    again = start(server.uri, tmp_path / "run", run_id=run.run_id)
+    assert again._records.drain(60)
+    assert server.points(run.run_id) == [("loss", 1)] and tracked["status"] == "RUNNING"
+    again.finish("FINISHED")
+    assert tracked["status"] == "FINISHED"
+
+
+# The journal
+
+
+def test_a_line_cut_short_loses_only_itself(tmp_path):
+    journal = Journal(tmp_path)
+    journal.append("r", "tags", values={"a": "1"})
+    journal.mark_sent(journal.append("r", "tags", values={"a": "2"}))
+    journal.close()
+    with journal.path.open("ab") as file:
+        file.write(b'{"n": 3, "kind": "ta')
+    with (tmp_path / "tracking.sent").open("ab") as file:
+        file.write(b"1")  # of "1 sent"
+    again = Journal(tmp_path)
+    again.mark_sent(again.append("r", "tags", values={"a": "3"}))
+    again.close()
+    third = Journal(tmp_path)
+    assert [record["values"]["a"] for record in third.records] == ["1", "2", "3"]
+    assert [record["values"]["a"] for record in third.pending()] == ["1"]
+    third.close()
+
+
+def test_the_journal_is_plain_json(tmp_path):
+    journal = Journal(tmp_path)
+    journal.append("r", "metrics", points=[["loss", tracked_run._plain(float("inf")), 1]])
+    journal.close()
+    [line] = journal.path.read_text().splitlines()
+
+    def refuse(word):
+        raise ValueError(word)
+
+    assert float(json.loads(line, parse_constant=refuse)["points"][0][1]) == float("inf")
+
+
+def test_a_full_disk_is_a_warning_and_the_store_still_gets_the_record(server, tmp_path, caplog, patient):
+    run = start(server.uri, tmp_path / "run")
+    run._journal._lines.close()
+    with Path("/dev/full").open("ab", buffering=0) as full:
+        run._journal._lines._file = full
+        run.log_metrics({"loss": 1.0}, step=1)
+    assert run._records.drain(60)
+    assert server.points(run.run_id) == [("loss", 1)]
+    assert "cannot be written" in caplog.text
+    run._records.stop()
+    run._files.stop()
+    run._journal.close()
