@@ -18,7 +18,7 @@ from resnet_cifar.compose import CONF, VERSION_BASE, compose, parse_arguments
 from resnet_cifar.errors import ConfigError, StorageError, UserError
 from resnet_cifar.passwords import without_passwords
 
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143  # the shell's: 128 and the number of the signal
 TRACEBACK = "RESNET_CIFAR_TRACEBACK"  # what HYDRA_FULL_ERROR was when the process started
 
 # Its records go to run.log only (conf/hydra/job_logging): the terminal has the short message already.
@@ -36,6 +36,10 @@ def main() -> None:
             end(KeyboardInterrupt("interrupted"), INTERRUPTED)
         except UserError as error:
             end(error, error.exit_code)
+        except BrokenPipeError:
+            # The reader of `run.py --help | head` has gone: nobody to tell, and Python's own flush at exit must not try.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(BROKEN_PIPE)
         except OSError as error:
             end(error, StorageError.exit_code, f"output_dir cannot be written: {short(error)}")
         except (HydraException, OmegaConfBaseException) as error:

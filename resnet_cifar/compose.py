@@ -67,7 +67,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         hint = did_you_mean(key, _known_keys(arguments), f"={value}" if value else "=...")
         raise ConfigError(f"there is no option {options[0]}: settings are written key=value{hint}")
     if unknown:
-        raise ConfigError(f"settings stand on both sides of an option: write {' '.join(unknown)} together with the others")
+        raise ConfigError(
+            f"settings stand on both sides of an option: write {' '.join(unknown)} together with the others"
+        )
     modes = [arguments.run, arguments.cfg, arguments.multirun, arguments.shell_completion, arguments.info]
     if sum(map(bool, modes)) > 1:
         refuse("only one of --run, --multirun, --cfg, --info and --shell-completion can be given")

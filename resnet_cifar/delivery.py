@@ -25,9 +25,11 @@ REFUSED = "INVALID_PARAMETER_VALUE"
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error, short and without credentials."""
+    """The first line of an error, short and without passwords; of a failed connection only what failed."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return without_passwords(lines[0])[:200]
+    cause = re.search(r"\(Caused by \w+\((.*)\)\)", lines[0])
+    text = cause[1].strip("\"'").rpartition(": ")[2] if cause else lines[0]
+    return without_passwords(text)[:200]
 
 
 class _Lines:
@@ -222,14 +224,14 @@ class Lane(threading.Thread):
         return True
 
     def _report_failure(self, error: Exception) -> None:
-        self.failing = True
-        # The same reason is said once; a store that comes back and fails again is news.
-        if reason(error) not in self._reported:
+        # Once per outage of a store; files fail for reasons of their own, each said once.
+        if reason(error) not in self._reported and not (self._in_order and self.failing):
             log.warning(
                 "The %s fails (%s). Training goes on; what it does not take is kept in %s and sent again.",
                 *(self._destination, reason(error), self._journal.path),
             )
         self._reported.add(reason(error))
+        self.failing = True
 
     def _report_success(self) -> None:
         if self.failing and self._in_order:

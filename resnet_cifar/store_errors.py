@@ -11,6 +11,7 @@ from resnet_cifar.delivery import reason
 from resnet_cifar.errors import StorageError, UserError
 
 T = TypeVar("T")
+DENIED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")  # MLflow's names
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
@@ -55,7 +56,7 @@ def user_errors(uri: str) -> Iterator[None]:
             )
         elif "not a database" in text or "malformed" in text:
             advice = "The file is damaged: move it away, a new one is made, or restore a copy."
-        elif "401" in text or "403" in text:
+        elif "error code 401" in text or "error code 403" in text or getattr(error, "error_code", None) in DENIED:
             advice = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
         elif uri.startswith("http"):
             advice = "Start the server or correct tracking.uri, or run with tracking=none."

@@ -13,7 +13,14 @@ from resnet_cifar.errors import ConfigError
 from resnet_cifar.suggestions import did_you_mean
 
 # What may stand in a `_target_`: classes of these modules, and functions where a library offers models as functions.
-CLASSES = ("resnet_cifar", "torch.nn", "torch.optim", "torchvision.datasets", "torchvision.models", "torchvision.transforms")
+CLASSES = (
+    "resnet_cifar",
+    "torch.nn",
+    "torch.optim",
+    "torchvision.datasets",
+    "torchvision.models",
+    "torchvision.transforms",
+)
 FUNCTIONS = ("resnet_cifar", "torchvision.models")
 
 

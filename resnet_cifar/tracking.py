@@ -42,6 +42,7 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 BUSY_SECONDS = 5.0
@@ -281,8 +282,8 @@ def _import_mlflow() -> ModuleType:
         os.environ.setdefault(name, value)
     with warnings.catch_warnings(action="ignore"):
         import mlflow
-    # Its loggers print tracebacks of errors that are handled here, and a line per step of a new database.
-    for name in ("mlflow", "alembic"):
+    # These print tracebacks and attempts of errors that are handled here, and a line per step of a new database.
+    for name in ("mlflow", "alembic", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     return mlflow
 

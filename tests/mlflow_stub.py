@@ -7,7 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class StubServer:
-    """Serves the REST calls that a run makes. `mode` is ok, error (answers 500) or hang (answers only when released)."""
+    """Serves the REST calls that a run makes, keeping one of equal points as MLflow does.
+
+    `mode` is ok, error (answers 500), denied (401) or hang (answers nothing until released).
+    """
 
     def __init__(self) -> None:
         self.mode, self.runs, self.released, self.port = "ok", {}, threading.Event(), 0
@@ -42,7 +45,7 @@ class StubServer:
         run = self.runs[request["run_id"]]
         if call == "runs/log-batch":
             for kind in ("metrics", "params", "tags"):
-                run[kind] += request.get(kind, [])
+                run[kind] += [item for item in request.get(kind, []) if item not in run[kind]]
         elif call == "runs/set-tag":
             run["tags"].append({"key": request["key"], "value": request["value"]})
         elif call == "runs/update":
@@ -70,9 +73,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.stub.released.wait(60)
             return
         call = path.partition("/mlflow/")[2]
-        failed = self.stub.mode == "error"
-        body = json.dumps({} if failed else self.stub.answer(call, request)).encode()
-        self.send_response(500 if failed else 200)
+        status = {"error": 500, "denied": 401}.get(self.stub.mode, 200)
+        body = json.dumps(self.stub.answer(call, request)).encode() if status == 200 else b"not today"
+        self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

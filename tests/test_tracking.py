@@ -418,6 +418,11 @@ def test_a_dead_server_is_an_error(server, tmp_path):
     server.started()
 
 
+def test_a_server_that_wants_a_password_is_an_error(server, tmp_path):
+    server.mode = "denied"
+    assert "MLFLOW_TRACKING_PASSWORD" in one_error(server.uri, tmp_path / "run")
+
+
 def test_a_server_that_hangs_is_an_error(server, tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "SERVER_SECONDS", 0.3)
     server.mode = "hang"
