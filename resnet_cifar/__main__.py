@@ -30,6 +30,8 @@ def main() -> None:
     # HYDRA_FULL_ERROR makes Hydra raise what goes wrong around a job instead of printing pages of it.
     with env_override({TRACEBACK: os.environ.get("HYDRA_FULL_ERROR", "0"), "HYDRA_FULL_ERROR": "1"}):
         try:
+            if any(argument.startswith("resume=") for argument in sys.argv[1:]):
+                go_on(sys.argv[1:])
             check_command_line(sys.argv[1:])
             hydra.main(config_path=str(CONF), config_name="config", version_base=VERSION_BASE)(job)()
         except KeyboardInterrupt:
@@ -46,6 +48,17 @@ def main() -> None:
             end(error, ConfigError.exit_code)
         except Exception as error:
             end(error, UserError.exit_code)
+
+
+def go_on(argv: list[str]) -> None:
+    """Turn `resume=<run>` into the command line of that run's folder; exit where it is finished already."""
+    from resnet_cifar import resume  # late: torch alone takes seconds
+
+    continued = resume.command_line(argv)
+    if continued is None:
+        print("That run is finished: there is nothing to resume.")
+        sys.exit(0)
+    sys.argv[1:] = continued
 
 
 def check_command_line(argv: list[str]) -> None:

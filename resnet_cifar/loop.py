@@ -56,6 +56,7 @@ class Progress:
     batch: int = 0  # batches of this epoch already trained on
     loss_sum: float | Tensor = 0.0  # over this epoch's images so far
     correct: int | Tensor = 0
+    lr: float = 0.0  # the one the last step used
 
 
 @dataclass
@@ -88,28 +89,25 @@ def fit(training: Training, train: Images, held_out: Images, progress: Progress)
     """
     while progress.epoch <= training.epochs:
         epoch, started = progress.epoch, time.perf_counter()
-        batches_done, lr = progress.batch, current_lr(training.optimizer)
-        for record in train_epoch(training, train, progress):
-            lr = record.lr
-            yield record
+        images_done = min(len(train), progress.batch * training.batch_size)
+        yield from train_epoch(training, train, progress)
         train_loss, train_accuracy = float(progress.loss_sum) / len(train), 100 * int(progress.correct) / len(train)
         if not torch.isfinite(torch.tensor(train_loss)):
-            raise diverged(epoch, progress.batch, lr)
+            raise diverged(epoch, progress.batch, progress.lr)
         trained = time.perf_counter()
         evaluation = evaluate(
             training.model, held_out, training.augment.normalise, training.batch_size, training.precision
         )
         finished = time.perf_counter()
-        images_seen = len(train) - min(len(train), batches_done * training.batch_size)
         progress.epoch, progress.batch, progress.loss_sum, progress.correct = epoch + 1, 0, 0.0, 0
         yield EpochRecord(
             epoch=epoch,
-            lr=lr,
+            lr=progress.lr,
             train_loss=train_loss,
             train_accuracy=train_accuracy,
             eval_loss=evaluation.loss,
             eval_accuracy=evaluation.accuracy,
-            images_per_second=images_seen / (trained - started),
+            images_per_second=(len(train) - images_done) / (trained - started),
             epoch_seconds=finished - started,
         )
 
@@ -124,7 +122,7 @@ def train_epoch(training: Training, train: Images, progress: Progress) -> Iterat
     )
     model.train()
     for images, labels in batches:
-        lr = current_lr(optimizer)
+        lr = float(optimizer.param_groups[0]["lr"])
         with autocast(device, training.precision):
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
@@ -134,6 +132,7 @@ def train_epoch(training: Training, train: Images, progress: Progress) -> Iterat
         loss.backward()
         optimizer.step()
         progress.batch += 1
+        progress.lr = lr
         progress.loss_sum += loss.detach() * len(labels)
         progress.correct += (logits.detach().argmax(1) == labels).sum()
         step = (progress.epoch - 1) * steps + progress.batch
@@ -157,11 +156,6 @@ def evaluate(model: nn.Module, images: Images, normalise: Normalise, batch_size:
     loss = F.cross_entropy(all_logits, images.labels).item()
     accuracy = 100 * (all_logits.argmax(1) == images.labels).sum().item() / len(images)
     return Evaluation(loss, accuracy, all_logits.cpu())
-
-
-def current_lr(optimizer: Optimizer) -> float:
-    """The learning rate of the first parameter group, which the next step uses."""
-    return float(optimizer.param_groups[0]["lr"])
 
 
 def diverged(epoch: int, batch: int, lr: float) -> DivergedError:

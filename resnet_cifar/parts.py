@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from dataclasses import dataclass
 
 import torch
 from omegaconf import DictConfig
@@ -12,12 +13,39 @@ from torch.optim.lr_scheduler import LRScheduler
 from resnet_cifar.augment import Augmentation, Normalise
 from resnet_cifar.data import Images, as_images, dataset_error, hold_out, subset
 from resnet_cifar.errors import ConfigError
+from resnet_cifar.explain import check_layer
 from resnet_cifar.targets import check_arguments, instantiate, resolve
 
 # The arguments by which torch's schedulers are told how many steps there are; left out of the YAML, the data sets them.
 LENGTH_ARGUMENTS = ("total_steps", "T_max", "total_iters")
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What every task works with."""
+
+    device: torch.device
+    precision: str
+    network: nn.Module
+    augment: Augmentation
+    classes: tuple[str, ...]
+
+
+def build_parts(cfg: DictConfig, classes: tuple[str, ...]) -> Parts:
+    """Network and augmentation on the device that the configuration names."""
+    device, channels_last = choose_device(cfg.trainer.device), cfg.trainer.channels_last
+    network = build_model(cfg.model, len(classes), device, channels_last, cfg.seed)
+    for layer in cfg.explain.layers.values():
+        check_layer(network, layer)
+    return Parts(
+        device=device,
+        precision=choose_precision(cfg.trainer.precision, device),
+        network=network,
+        augment=build_augmentation(cfg.augmentation, cfg.data, channels_last),
+        classes=classes,
+    )
 
 
 def choose_device(name: str) -> torch.device:

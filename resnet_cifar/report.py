@@ -1,6 +1,7 @@
 """What a run leaves in its folder: tables, figures and the summary in words."""
 
 import csv
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -122,90 +123,81 @@ def explain_mistakes(
     normalise: Normalise,
     layers: Mapping[str, str],
     num_images: int,
-    evaluated_on: str,
 ) -> None:
-    """The most confident mistakes, and what each layer saw in them for the correct and for the predicted class."""
+    """The most confident mistakes on the test images, and what each layer saw there for the correct and the predicted class."""
     labels = images.labels.cpu()
-    selection = explain.select_images(logits, labels, num_images, evaluated_on)
+    selection = explain.select_images(logits, labels, num_images, "test")
     index = torch.from_numpy(selection.indices)
-    chosen = images.images[index.to(images.images.device)]
-    shown, true = _for_display(chosen), labels[index]
-    about = (true.tolist(), selection.predictions.tolist(), selection.confidences.tolist(), images.classes)
-    save_figure(
-        folder, "misclassified_images", lambda: figures.misclassified_images(shown, *about, title=selection.title)
-    )
-    for against, targets in (("correct", true), ("predicted", torch.from_numpy(selection.predictions))):
-        for name, layer in layers.items():
-            _save_grad_cam(
-                folder, network, normalise(chosen), shown, targets, about, name, layer, against, selection.title
-            )
+    chosen, true = images[index.to(images.labels.device)], labels[index]
+    about = {
+        "labels": true.tolist(),
+        "predictions": selection.predictions.tolist(),
+        "confidences": selection.confidences.tolist(),
+        "classes": images.classes,
+        "title": selection.title,
+    }
+    shown = _for_display(chosen.images)
+    save_figure(folder, "misclassified_images", lambda: figures.misclassified_images(shown, **about))
+    targets = {"correct": true, "predicted": torch.from_numpy(selection.predictions)}
+    for against, (name, layer) in itertools.product(targets, layers.items()):
+        _save_grad_cam(folder, network, normalise, chosen.images, targets[against], layer, name, against, **about)
 
 
 def explain_pictures(
     folder: Path,
     network: nn.Module,
-    pictures: Tensor,
+    pictures: Images,
     names: Sequence[str],
     logits: Tensor,
     normalise: Normalise,
-    classes: Sequence[str],
     layers: Mapping[str, str],
     num_images: int,
 ) -> None:
     """What each layer saw in a user's own pictures for the class it predicts."""
     confidences, predictions = (tensor[:num_images] for tensor in logits.softmax(1).max(1))
-    pictures = pictures[:num_images].to(next(network.parameters()).device)
-    about = (None, predictions.tolist(), confidences.tolist(), classes)
-    title = f"{len(pictures)} of {len(names)} pictures"
+    about = {
+        "labels": None,
+        "names": names[:num_images],
+        "predictions": predictions.tolist(),
+        "confidences": confidences.tolist(),
+        "classes": pictures.classes,
+        "title": f"{len(predictions)} of {len(names)} pictures",
+    }
+    chosen = pictures.images[:num_images]
     for name, layer in layers.items():
-        _save_grad_cam(
-            folder,
-            network,
-            normalise(pictures),
-            _for_display(pictures),
-            predictions,
-            about,
-            name,
-            layer,
-            "predicted",
-            title,
-            names=names[:num_images],
-        )
+        _save_grad_cam(folder, network, normalise, chosen, predictions, layer, name, "predicted", **about)
 
 
 def _save_grad_cam(
     folder: Path,
     network: nn.Module,
-    inputs: Tensor,
-    shown: np.ndarray,
+    normalise: Normalise,
+    images: Tensor,
     targets: Tensor,
-    about: tuple,
-    name: str,
     layer: str,
+    name: str,
     against: str,
-    title: str,
-    names: Sequence[str] = (),
+    **about: Any,
 ) -> None:
     def draw() -> Figure:
-        heat_maps, map_size = explain.grad_cam(network, inputs, targets, layer)
+        heat_maps, map_size = explain.grad_cam(network, normalise(images), targets, layer)
         return figures.grad_cam(
-            shown, heat_maps, *about, layer=name, map_size=map_size, against=against, title=title, names=names
+            _for_display(images), heat_maps, layer=name, map_size=map_size, against=against, **about
         )
 
     save_figure(folder, f"grad_cam_{against}_{name}", draw)
 
 
-def write_pictures(path: Path, names: Sequence[str], logits: Tensor, classes: Sequence[str]) -> None:
-    """`predictions.csv` for a user's own pictures: name, prediction and the confidence (0..1) in it, a row per picture."""
+def write_pictures(path: Path, names: Sequence[str], logits: Tensor, classes: Sequence[str]) -> list[str]:
+    """`predictions.csv` for a user's own pictures: name, prediction and the confidence (0..1) in it; returned as lines too."""
     confidences, predictions = logits.softmax(1).max(1)
-    rows = zip(names, predictions.tolist(), confidences.tolist(), strict=True)
-    append_csv(
-        path,
-        [
-            {"picture": name, "prediction": classes[prediction], "confidence": round(confidence, 6)}
-            for name, prediction, confidence in rows
-        ],
-    )
+    path.unlink(missing_ok=True)
+    rows = [
+        {"picture": name, "prediction": classes[prediction], "confidence": round(confidence, 6)}
+        for name, prediction, confidence in zip(names, predictions.tolist(), confidences.tolist(), strict=True)
+    ]
+    append_csv(path, rows)
+    return [f"{row['picture']}: {row['prediction']} ({row['confidence']:.1%})" for row in rows]
 
 
 def training_note(folder: Path, evaluated_on: str, test: Evaluation, max_lr: float | None, name: str) -> str:

@@ -157,8 +157,9 @@ class Tracking(TypedDict):
 @closed
 class Config(TypedDict):
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    task: Literal["train", "find_lr", "evaluate", "explain"]
+    task: Literal["train", "find_lr", "evaluate", "explain", "sync"]
     checkpoint: Text | None
+    resume: Text | None
     output_dir: Text
     model: Target
     augmentation: Augmentation

@@ -145,6 +145,8 @@ def test_normalise_is_torchvisions_and_can_be_undone():
 
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_normalised_images_have_the_asked_layout(channels_last):
-    augmented = Augmentation([RandomCrop(32, 4)], Normalise([0.5] * 3, [0.5] * 3, channels_last))(coordinates(4), generator())
+    augmented = Augmentation([RandomCrop(32, 4)], Normalise([0.5] * 3, [0.5] * 3, channels_last))(
+        coordinates(4), generator()
+    )
     layout = torch.channels_last if channels_last else torch.contiguous_format
     assert augmented.is_contiguous(memory_format=layout)

@@ -112,7 +112,10 @@ def test_skipped_batches_change_nothing_about_the_rest():
 
 
 def test_generators_of_different_keys_differ():
-    draws = {torch.rand(1, generator=seeded(*key)).item() for key in [(0, 0, 1), (0, 1, 1), (1, 0, 1), (0, 1, 1, 1), (2**31, 0, 1)]}
+    draws = {
+        torch.rand(1, generator=seeded(*key)).item()
+        for key in [(0, 0, 1), (0, 1, 1), (1, 0, 1), (0, 1, 1, 1), (2**31, 0, 1)]
+    }
     assert len(draws) == 5
 
 

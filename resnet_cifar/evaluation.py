@@ -1,0 +1,110 @@
+"""The tasks on a checkpoint: evaluate it, explain its mistakes, or explain pictures of the user's own."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from resnet_cifar import checkpoint, parts, provenance, report, tracking
+from resnet_cifar.data import Images
+from resnet_cifar.errors import CheckpointError
+from resnet_cifar.explain import load_pictures
+from resnet_cifar.loop import Evaluation, evaluate
+from resnet_cifar.parts import Parts, build_parts
+from resnet_cifar.recording import Invocation, recorded
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_checkpoint(cfg: DictConfig, invocation: Invocation) -> None:
+    """Loss, accuracy, predictions and explanations of a checkpoint on the test images."""
+    cfg, state = with_checkpoint(cfg, invocation.overrides)
+    parts.check_targets(cfg)
+    built = restore_parts(cfg, state)
+    images = parts.load_split(cfg.data, train=False).to(built.device)
+    with recorded(cfg, invocation, provenance.tags(built.device, built.precision)) as tracked_run:
+        test = evaluate_and_explain(cfg, invocation.folder, built, images)
+        trained_epochs = state["progress"]["epoch"] - 1
+        tracked_run.log_metrics({"test/loss": test.loss, "test/accuracy": test.accuracy}, step=trained_epochs)
+        tracked_run.set_tags(
+            {tracking.NOTE: f"`{cfg.checkpoint}` on {len(images)} test images: **{test.accuracy:.2f}%**"}
+        )
+        log.info("Test accuracy %.2f%%, loss %.4f, on %d images.", test.accuracy, test.loss, len(images))
+
+
+def explain_checkpoint(cfg: DictConfig, invocation: Invocation) -> None:
+    """Grad-CAM of a checkpoint: of its mistakes on the test images, or of the pictures in the folder `explain.images`."""
+    if cfg.explain.images is None:
+        return evaluate_checkpoint(cfg, invocation)
+    cfg, state = with_checkpoint(cfg, invocation.overrides)
+    parts.check_targets(cfg)
+    built = restore_parts(cfg, state)
+    names, pictures = load_pictures(cfg.explain.images, size=32)
+    images = Images(pictures, torch.zeros(len(pictures), dtype=torch.long), built.classes).to(built.device)
+    with recorded(cfg, invocation, provenance.tags(built.device, built.precision)) as tracked_run:
+        normalise = built.augment.normalise
+        logits = evaluate(built.network, images, normalise, cfg.data.batch_size, built.precision).logits
+        lines = report.write_pictures(invocation.folder / "predictions.csv", names, logits, built.classes)
+        for line in lines[: cfg.explain.num_images]:
+            log.info("%s", line)
+        report.explain_pictures(
+            invocation.folder,
+            built.network,
+            images,
+            names,
+            logits,
+            normalise,
+            cfg.explain.layers,
+            cfg.explain.num_images,
+        )
+        tracked_run.set_tags({tracking.NOTE: f"`{cfg.checkpoint}` on {len(names)} pictures of `{cfg.explain.images}`"})
+    return None
+
+
+def with_checkpoint(cfg: DictConfig, overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any]]:
+    """The configuration with the checkpoint's own model and data, and its state; `data` keys that were typed are kept."""
+    state = checkpoint.load(Path(cfg.checkpoint))
+    saved, cfg = OmegaConf.create(state["config"]), cfg.copy()
+    typed = [override.partition("=")[0] for override in overrides]
+    data = cfg.data if "data" in typed else saved.data
+    for key in typed:
+        if key.startswith("data."):
+            OmegaConf.update(data, key.removeprefix("data."), OmegaConf.select(cfg, key))
+    if "root" in data.dataset:
+        data.dataset.root = data.root
+    cfg.model, cfg.augmentation, cfg.data, cfg.explain.layers = (
+        saved.model,
+        saved.augmentation,
+        data,
+        saved.explain.layers,
+    )
+    return cfg, state
+
+
+def restore_parts(cfg: DictConfig, state: dict[str, Any]) -> Parts:
+    """The parts with the checkpoint's weights."""
+    built = build_parts(cfg, tuple(state["classes"]))
+    try:
+        built.network.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{cfg.checkpoint} holds another model: {str(error).splitlines()[0]}") from error
+    return built
+
+
+def evaluate_and_explain(cfg: DictConfig, folder: Path, built: Parts, images: Images) -> Evaluation:
+    """Loss and accuracy of the network on the test images; predictions and figures go to the folder."""
+    if images.classes != built.classes:
+        raise CheckpointError(
+            f"The network knows the classes {', '.join(built.classes)};\nthe images have {', '.join(images.classes)}."
+        )
+    normalise = built.augment.normalise
+    evaluation = evaluate(built.network, images, normalise, cfg.data.batch_size, built.precision)
+    labels = images.labels.cpu()
+    report.write_predictions(folder / "predictions.csv", evaluation.logits, labels, images.classes)
+    report.draw_confusion_matrix(folder, evaluation.logits, labels, images.classes)
+    report.explain_mistakes(
+        folder, built.network, images, evaluation.logits, normalise, cfg.explain.layers, cfg.explain.num_images
+    )
+    return evaluation

@@ -1,0 +1,142 @@
+"""A run around its work: how it was asked for, its name and compared parameters, its start and end in MLflow, its files."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+
+from resnet_cifar import tracking
+from resnet_cifar.checkpoint import LAST
+from resnet_cifar.errors import StorageError
+from resnet_cifar.loop import EpochRecord
+from resnet_cifar.signals import exit_on_sigterm
+from resnet_cifar.tracked_run import NoRun
+
+# What people compare runs by, as far as a configuration has it; group choices and whatever was overridden join these.
+COMPARED_GROUPS = ("data", "augmentation", "optimizer", "scheduler")
+COMPARED = (
+    *("seed", "data.batch_size", "data.train_size", "model.width", "model.inner_shortcut", "optimizer.weight_decay"),
+    *("scheduler.pct_start", "scheduler.div_factor", "scheduler.final_div_factor", "trainer.epochs"),
+)
+# Where a run lies and where it is recorded tell nothing about its result.
+NOT_COMPARED = ("tracking", "hydra", "output_dir", "data.root", "experiment", "scheduler.max_lr", "resume")
+FILES = ("config.yaml", "model_summary.txt", "*.csv", "run.log", "figures/*.png", f"checkpoints/{LAST}")
+STATUS = "status.txt"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """How a run was asked for: its folder, the overrides as typed, the option chosen of each group; `run_id` of one resumed."""
+
+    folder: Path
+    overrides: tuple[str, ...]
+    choices: Mapping[str, str | None]
+    resumed: bool = False
+    run_id: str | None = None
+
+
+@contextmanager
+def recorded(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, str]) -> Iterator[NoRun]:
+    """The run in MLflow from its start to FINISHED, FAILED or KILLED; whatever happens, the folder's files go there.
+
+    Raises:
+        StorageError: another process has this run, or its folder or store cannot be used.
+    """
+    folder = invocation.folder
+    with only_process(folder), exit_on_sigterm():
+        if not invocation.resumed:
+            (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+        tracked_run = tracking.start(
+            **{key: cfg.tracking[key] for key in ("uri", "artifacts", "experiment")},
+            run_name=run_name(cfg, invocation),
+            folder=folder,
+            params={} if invocation.resumed else compared_params(cfg, invocation),
+            tags={"task": cfg.task, "overrides": " ".join(invocation.overrides) or "none", **provenance},
+            run_id=invocation.run_id,
+        )
+        (folder / STATUS).unlink(missing_ok=True)
+        log.info("Run folder: %s", folder)
+        try:
+            yield tracked_run
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+            status = "KILLED" if stopped else "FAILED"
+            reason = (
+                f"Stopped. Continue: `python run.py resume={folder}`" if stopped else f"{type(error).__name__}: {error}"
+            )
+            _end(folder, tracked_run, status, reason)
+            if isinstance(error, OSError):
+                raise StorageError(
+                    f"{folder} cannot be written: {error}\nWhat was written before is still there."
+                ) from error
+            raise
+        _end(folder, tracked_run, "FINISHED", None)
+    if tracked_run.url:
+        log.info("MLflow run: %s\n  %s", tracked_run.run_id, tracked_run.url)
+
+
+@contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """Hold the run's folder against other processes.
+
+    Raises:
+        StorageError: another one holds it.
+    """
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise StorageError(f"Another process is working on the run in {folder}. Wait for it or stop it.") from error
+
+
+def _end(folder: Path, tracked_run: NoRun, status: str, note: str | None) -> None:
+    for pattern in FILES:
+        for path in sorted(folder.glob(pattern)):
+            parent = path.parent.relative_to(folder).as_posix()
+            tracked_run.log_file(path, None if parent == "." else parent)
+    tracked_run.finish(status, note)
+    try:
+        (folder / STATUS).write_text(f"{status}\n" + (f"{note}\n" if note else ""))
+    except OSError as error:
+        log.warning("%s cannot be written: %s", folder / STATUS, error)
+
+
+def epoch_metrics(record: EpochRecord, evaluated_on: str) -> dict[str, float]:
+    """An epoch's record under the names of the metrics."""
+    return {
+        "train/loss": record.train_loss,
+        "train/accuracy": record.train_accuracy,
+        f"{evaluated_on}/loss": record.eval_loss,
+        f"{evaluated_on}/accuracy": record.eval_accuracy,
+        "schedule/lr": record.lr,
+        "speed/images_per_second": record.images_per_second,
+        "speed/epoch_seconds": record.epoch_seconds,
+    }
+
+
+def compared_params(cfg: DictConfig, invocation: Invocation) -> dict[str, Any]:
+    """Flat dotted keys and their values; `scheduler.max_lr`, which may have to be found first, is logged when it is known."""
+    params: dict[str, Any] = {group: invocation.choices.get(group) for group in COMPARED_GROUPS}
+    given = (override.partition("=")[0].lstrip("+") for override in invocation.overrides)
+    for key in (*COMPARED, *given):
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not OmegaConf.is_config(value) and not key.startswith(NOT_COMPARED):
+            params[key] = value
+    return params
+
+
+def run_name(cfg: DictConfig, invocation: Invocation) -> str:
+    """`tracking.run_name`, or the preset and what was overridden."""
+    if cfg.tracking.run_name:
+        return cfg.tracking.run_name
+    preset = invocation.choices.get("experiment") or ("session_10" if cfg.task == "train" else cfg.task)
+    aside = tuple(key for key in NOT_COMPARED if key != "scheduler.max_lr")
+    given = [override for override in invocation.overrides if not override.startswith((*aside, "task=", "checkpoint="))]
+    return " ".join([preset, *given])[:120]
