@@ -45,9 +45,10 @@ class RandomHorizontalFlip(BatchTransform):
 
 
 class Cutout(BatchTransform):
-    """Fill one `size` x `size` square per image, wholly inside it, with `fill` (per channel, 0..1); DeVries and Taylor, arXiv:1708.04552.
+    """Fill one `size` x `size` square per image, wholly inside it, with `fill` (per channel, 0..1).
 
-    The same distribution as torchvision's `RandomErasing(p=1, scale=(s, s), ratio=(1, 1))` with s = size^2 / (H W).
+    Cutout of DeVries and Taylor, arXiv:1708.04552, in the distribution of torchvision's
+    `RandomErasing(p=1, scale=(s, s), ratio=(1, 1))` with s = size^2 / (H W).
     """
 
     def __init__(self, size: int, fill: Sequence[float]) -> None:
