@@ -67,20 +67,20 @@ def as_images(dataset: LabelledImages) -> Images:
     return Images(pixels, torch.tensor(dataset.targets), tuple(dataset.classes))
 
 
-def dataset_error(error: Exception, root: str | None) -> DataError:
-    """What to tell a user whose data set could not be loaded from `root`."""
+def dataset_error(error: Exception, root: str | None, subfolder: str = "") -> DataError:
+    """What to tell a user whose data set could not be loaded from `root`, where it lies in `subfolder`."""
     offline = "or run offline: python run.py experiment=quickstart"
+    place = Path(root or "", subfolder)
+    state = "is damaged or incomplete (its checksums differ)" if root and place.is_dir() else "is not there"
     if isinstance(error, URLError):
         return DataError(
-            f"The data set is not in data.root={root} and cannot be downloaded ({error.reason}).\n"
-            f"Give the folder that holds it (for CIFAR-10 the one with cifar-10-batches-py): data.root=<folder>,\n{offline}"
+            f"The data set in {place} {state} and cannot be downloaded: {error.reason}.\n"
+            f"Give the folder that holds {subfolder or 'it'}: data.root=<folder>,\n{offline}"
         )
-    present = root is not None and Path(root).is_dir() and any(Path(root).iterdir())
-    what = "is corrupt or unreadable" if present else "cannot be read or written"
     reason = " ".join(str(error).split())[:160]
     return DataError(
-        f"The data set in data.root={root} {what}: {type(error).__name__}: {reason}\n"
-        f"Delete it to download it again, give another folder: data.root=<folder>,\n{offline}"
+        f"The data set in data.root={root} cannot be loaded: {type(error).__name__}: {reason}\n"
+        f"Delete {place} to download it again, give another folder: data.root=<folder>,\n{offline}"
     )
 
 

@@ -101,7 +101,8 @@ def load_split(data: DictConfig, train: bool) -> Images:
     try:
         images = as_images(instantiate(data.dataset, train=train))
     except (OSError, RuntimeError, EOFError) as error:
-        raise dataset_error(error, data.root) from error
+        subfolder = getattr(resolve(data.dataset._target_), "base_folder", "")
+        raise dataset_error(error, data.root, subfolder) from error
     if train:
         return images
     return subset(images, data.test_size, "data.test_size")

@@ -120,12 +120,17 @@ def test_generators_of_different_keys_differ():
 
 
 def test_a_failed_download_names_the_offline_command():
-    message = str(dataset_error(URLError("no route to host"), "data"))
-    assert "no route to host" in message and "python run.py experiment=quickstart" in message
-    assert len(message.splitlines()) <= 3
+    message = str(dataset_error(URLError("no route to host"), "data", "cifar-10-batches-py"))
+    assert "is not there" in message and "no route to host" in message
+    assert "python run.py experiment=quickstart" in message and len(message.splitlines()) <= 3
 
 
-def test_a_corrupt_data_set_is_called_corrupt(tmp_path):
+def test_a_data_set_with_wrong_checksums_is_called_damaged(tmp_path):
     (tmp_path / "cifar-10-batches-py").mkdir()
-    message = str(dataset_error(RuntimeError("Dataset not found or corrupted."), str(tmp_path)))
-    assert "corrupt" in message and len(message.splitlines()) <= 3
+    message = str(dataset_error(URLError("no route to host"), str(tmp_path), "cifar-10-batches-py"))
+    assert "is damaged" in message and len(message.splitlines()) <= 3
+
+
+def test_a_folder_that_cannot_be_read_is_named():
+    message = str(dataset_error(PermissionError(13, "Permission denied"), "/somewhere"))
+    assert "/somewhere" in message and "Permission denied" in message and len(message.splitlines()) <= 3
