@@ -2,8 +2,10 @@
 
 import logging
 import os
+import re
 import sys
 import traceback
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -13,8 +15,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from resnet_cifar import sweep
-from resnet_cifar.compose import CONF, VERSION_BASE, compose, parse_arguments
+from resnet_cifar import own_gpu, sweep
+from resnet_cifar.compose import CONF, VERSION_BASE, Composition, compose, parse_arguments
 from resnet_cifar.errors import ConfigError, StorageError, UserError
 from resnet_cifar.passwords import without_passwords
 
@@ -30,9 +32,11 @@ def main() -> None:
     # HYDRA_FULL_ERROR makes Hydra raise what goes wrong around a job instead of printing pages of it.
     with env_override({TRACEBACK: os.environ.get("HYDRA_FULL_ERROR", "0"), "HYDRA_FULL_ERROR": "1"}):
         try:
-            if any(argument.startswith("resume=") for argument in sys.argv[1:]):
+            if any(re.match(r"\+*resume=(?!null$)", argument) for argument in sys.argv[1:]):
                 go_on(sys.argv[1:])
-            check_command_line(sys.argv[1:])
+            composition = check_command_line(sys.argv[1:])
+            if composition is not None and composition.sweep is not None:
+                sys.argv[1:] = sweep.prepare(sys.argv[1:], composition)
             hydra.main(config_path=str(CONF), config_name="config", version_base=VERSION_BASE)(job)()
         except KeyboardInterrupt:
             end(KeyboardInterrupt("interrupted"), INTERRUPTED)
@@ -61,22 +65,33 @@ def go_on(argv: list[str]) -> None:
     sys.argv[1:] = continued
 
 
-def check_command_line(argv: list[str]) -> None:
-    """Raise ConfigError for a command line that cannot be run, before Hydra, the data or the tracking see anything of it."""
+def check_command_line(argv: list[str]) -> Composition | None:
+    """What the command line is going to run, if it runs something.
+
+    Raises ConfigError for what cannot be run, before Hydra, the data or the tracking see anything of it.
+    """
     arguments = parse_arguments(argv)
     if arguments.shell_completion or arguments.hydra_help or arguments.experimental_rerun:
-        return
-    jobs = compose(arguments)
-    if not (arguments.help or arguments.cfg or arguments.info):
-        from resnet_cifar import schema  # late: --help and --cfg need no types
+        return None
+    composition = compose(arguments)
+    if arguments.help or arguments.cfg or arguments.info:
+        return None
+    from resnet_cifar import schema  # late: --help and --cfg need no types
 
-        for cfg, overrides in jobs:
-            schema.check(cfg, overrides)
+    for cfg, overrides in composition.jobs:
+        schema.check(cfg, overrides)
+        if cfg.sweep.dry_run and composition.sweep is None:
+            raise ConfigError("sweep.dry_run=true would do nothing for a single run: give it with -m")
+    return composition
 
 
 def job(cfg: DictConfig) -> float | None:
     """Run one job, as Hydra's task; when it fails, exit with its exit code, or in a sweep note it down and return None."""
     try:
+        if sweep.is_finished():
+            return None
+        if "joblib" in HydraConfig.get().launcher["_target_"]:
+            own_gpu.take(Path(HydraConfig.get().sweep.dir))
         from resnet_cifar import experiment  # late: torch alone takes seconds
 
         return experiment.run(cfg)
@@ -85,14 +100,14 @@ def job(cfg: DictConfig) -> float | None:
             return None
         if stop.code in (INTERRUPTED, TERMINATED):
             raise
-        fail(stop, stop.code if isinstance(stop.code, int) else UserError.exit_code)
+        fail(cfg, stop, stop.code if isinstance(stop.code, int) else UserError.exit_code)
     except UserError as error:
-        fail(error, error.exit_code)
+        fail(cfg, error, error.exit_code)
     except Exception as error:
-        fail(error, UserError.exit_code)
+        fail(cfg, error, UserError.exit_code)
 
 
-def fail(error: BaseException, exit_code: int) -> None:
+def fail(cfg: DictConfig, error: BaseException, exit_code: int) -> None:
     """Write into run.log and onto stderr why the running job failed; then exit, or in a sweep let the others go on."""
     settings = HydraConfig.get()
     expected = isinstance(error, UserError | SystemExit)
@@ -101,7 +116,7 @@ def fail(error: BaseException, exit_code: int) -> None:
     if settings.mode != RunMode.MULTIRUN:
         end(error, exit_code, message)
     print(f"job {settings.job.num} failed: {message}", file=sys.stderr)
-    sweep.record_failure(message)
+    sweep.record_failure(cfg, error, message)
 
 
 def end(error: BaseException, exit_code: int, message: str = "") -> None:

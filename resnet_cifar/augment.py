@@ -73,7 +73,7 @@ class Normalise:
     The result is channels last in memory, the faster layout for convolutions, or contiguous.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], channels_last: bool) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float], channels_last: bool = True) -> None:
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (mean, std))
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 

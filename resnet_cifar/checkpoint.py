@@ -6,20 +6,22 @@ import hashlib
 import io
 import logging
 import os
-import pickle
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from resnet_cifar.errors import CheckpointError, StorageError
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
-_MARK = (
-    b"sha256:"  # the file ends in this and the digest of all before it; torch.load, a zip reader, passes over the end
-)
+# The file ends in this and the digest of all before it; torch.load, a zip reader, passes over the end.
+_MARK = b"sha256:"
 _TRAILER = len(_MARK) + 64
+KEYS = {"config", "classes", "max_lr", "model", "optimizer", "scheduler", "rng", "progress"}
+ADVICE = "Give another:\ncheckpoint=<file or run folder>"
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +38,12 @@ def save(state: dict[str, Any], folder: Path) -> Path:
     last, temporary = folder / LAST, folder / f".{LAST}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # a link left under that name would be written through
         with temporary.open("wb") as file:
             file.write(content + _MARK + hashlib.sha256(content).hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
-        if last.exists():
+        if _is_intact(last):
             _keep_as(last, folder / PREVIOUS)
         os.replace(temporary, last)
         _sync_folder(folder)
@@ -57,19 +60,25 @@ def keep_only_last(folder: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def load(path: Path) -> dict[str, Any]:
+def exists(folder: Path) -> bool:
+    """Whether the run in `folder` came as far as its first checkpoint."""
+    return any((folder / "checkpoints" / name).exists() for name in (LAST, PREVIOUS))
+
+
+def load(path: Path, network: nn.Module | None = None) -> dict[str, Any]:
     """The state in the checkpoint file `path`, or in the newest valid one of the folder `path`, on the CPU.
 
     Raises:
-        CheckpointError: there is none, or it is damaged, foreign or holds anything but plain types.
+        CheckpointError: there is none, or it is damaged, foreign, of another model than `network`, or holds anything but
+            plain types.
     """
     if not path.is_dir():
-        return _load_file(path)
+        return _load_file(path, network)
     for folder in (path, path / "checkpoints"):
         candidates = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
         for candidate in candidates:
             try:
-                return _load_file(candidate)
+                return _load_file(candidate, network)
             except CheckpointError as error:
                 if candidate == candidates[-1]:
                     raise
@@ -77,31 +86,40 @@ def load(path: Path) -> dict[str, Any]:
     raise CheckpointError(f"No checkpoint in {path}: a run's folder holds checkpoints/{LAST}.")
 
 
-def _load_file(path: Path) -> dict[str, Any]:
+def shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """What makes two models the same for a checkpoint: the names and shapes of their weights."""
+    return {name: tuple(getattr(tensor, "shape", ())) for name, tensor in weights.items()}
+
+
+def _load_file(path: Path, network: nn.Module | None) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"The checkpoint {path} cannot be read: {error.strerror}.") from error
     body, trailer = content[:-_TRAILER], content[-_TRAILER:]
     if not trailer.startswith(_MARK):
-        raise CheckpointError(
-            f"{path} is not a checkpoint of this program, or it was cut short. Give another: checkpoint=<file or run folder>"
-        )
+        raise CheckpointError(f"{path} is not a checkpoint of this program, or it was cut short. {ADVICE}")
     if hashlib.sha256(body).hexdigest().encode() != trailer[len(_MARK) :]:
-        raise CheckpointError(
-            f"The checkpoint {path} is damaged: its SHA-256 does not match. Give another: checkpoint=<file or run folder>"
-        )
+        raise CheckpointError(f"The checkpoint {path} is damaged: its SHA-256 does not match. {ADVICE}")
     try:
         state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+    except Exception as error:  # a forged file makes the unpickler raise almost anything
         raise CheckpointError(
-            f"The checkpoint {path} holds more than plain values and is not loaded: it could run code."
+            f"The checkpoint {path} holds more than plain values: it could run code. {ADVICE}"
         ) from error
-    if not isinstance(state, dict) or "model" not in state or "config" not in state:
-        raise CheckpointError(
-            f"{path} is not a checkpoint of this program. Give another: checkpoint=<file or run folder>"
-        )
+    if not isinstance(state, dict) or not state.keys() >= KEYS or not isinstance(state["model"], dict):
+        raise CheckpointError(f"{path} is not a checkpoint of this program. {ADVICE}")
+    if network is not None and shapes(state["model"]) != shapes(network.state_dict()):
+        raise CheckpointError(f"The checkpoint {path} is of another model. {ADVICE}")
     return state
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether the file is as it was written; a damaged one must not take the place of the older, valid one."""
+    if not path.exists():
+        return False
+    content = path.read_bytes()
+    return content[-_TRAILER:] == _MARK + hashlib.sha256(content[:-_TRAILER]).hexdigest().encode()
 
 
 def _keep_as(path: Path, older: Path) -> None:
@@ -127,7 +145,7 @@ def _storage_error(error: OSError, folder: Path, size: int) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(folder).free
         return StorageError(
-            f"The disk is full: a checkpoint needs {size / 1e6:.0f} MB, {free / 1e6:.0f} MB are free in {folder}.\n"
+            f"The disk is full: a checkpoint needs {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free in {folder}.\n"
             "Free some space; the last good checkpoint is still there."
         )
     return StorageError(f"The checkpoint folder {folder} cannot be written: {error.strerror or error}.")

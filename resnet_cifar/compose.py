@@ -4,9 +4,12 @@ import argparse
 import os
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra import version
@@ -22,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from resnet_cifar.errors import ConfigError
+from resnet_cifar.fingerprint import config_hash, sweep_id
 from resnet_cifar.suggestions import did_you_mean, keys
 
 VERSION_BASE = "1.3"
@@ -29,7 +33,26 @@ PACKAGE = Path(__file__).resolve().parent
 # A wheel carries conf/ inside the package; in a checkout it lies beside it.
 INSTALLED = (PACKAGE / "conf").is_dir()
 CONF = PACKAGE / "conf" if INSTALLED else PACKAGE.parent / "conf"
-LAUNCHER_EXTRAS = {"joblib": "parallel"}
+# The plugins' launchers behind our presets, and the extra that installs each.
+LAUNCHER_EXTRAS = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "cluster"}
+SWEEP_ID = "SWEEP_ID"  # in hydra.sweep.dir it stands for the hash that is known when all jobs are
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep before it starts: its id, its folder, and the folder of each job, or none where the sweeper makes jobs up."""
+
+    id: str
+    folder: Path
+    job_folders: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What a command line asks for: configuration and overrides of every job, and the sweep they belong to, if they do."""
+
+    jobs: list[tuple[DictConfig, list[str]]]
+    sweep: Sweep | None = None
 
 
 def outputs() -> str:
@@ -42,7 +65,10 @@ def presets() -> str:
     lines = []
     for path in sorted((CONF / "experiment").glob("*.yaml")):
         comments = [line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-        lines.append(f"  {path.stem:<14}{next(line for line in comments if not line.startswith('@package'))}")
+        purpose = next(line for line in comments if not line.startswith("@package"))
+        lines += textwrap.wrap(
+            purpose, 80, initial_indent=f"  {path.stem:<14}", subsequent_indent=16 * " ", break_on_hyphens=False
+        )
     return "\n".join(lines)
 
 
@@ -78,16 +104,19 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def compose(arguments: argparse.Namespace) -> list[tuple[DictConfig, list[str]]]:
-    """The configuration and overrides of every job the command line asks for: one, or all those of a sweep.
-
-    Raises ConfigError for anything Hydra cannot compose.
-    """
+def compose(arguments: argparse.Namespace) -> Composition:
+    """Everything Hydra is going to run: one job, or all those of a sweep; ConfigError for what it cannot compose."""
     try:
         with _hydra(arguments) as hydra:
-            return list(_jobs(hydra, arguments))
+            return _composition(hydra, arguments)
     except (HydraException, OmegaConfBaseException, yaml.MarkedYAMLError, ValueError) as error:
         raise ConfigError(_reason(error, arguments)) from error
+
+
+def start_job(overrides: Sequence[str], job: Callable[[DictConfig], Any]) -> Any:
+    """What `job` returns when Hydra runs it with these overrides: in a run folder of its own, with its logging set up."""
+    with _hydra(parse_arguments(overrides)) as hydra:
+        return hydra.run("config", job, list(overrides)).return_value
 
 
 @contextmanager
@@ -105,7 +134,7 @@ def _hydra(arguments: argparse.Namespace) -> Iterator[Hydra]:
         GlobalHydra.instance().clear()
 
 
-def _jobs(hydra: Hydra, arguments: argparse.Namespace) -> Iterator[tuple[DictConfig, list[str]]]:
+def _composition(hydra: Hydra, arguments: argparse.Namespace) -> Composition:
     loader = hydra.config_loader
     given = OverridesParser.create(config_loader=loader).parse_overrides(arguments.overrides)
     swept = arguments.multirun or any(override.is_sweep_override() for override in given)
@@ -115,14 +144,34 @@ def _jobs(hydra: Hydra, arguments: argparse.Namespace) -> Iterator[tuple[DictCon
     # As Hydra does it: hydra.mode=MULTIRUN, in a preset too, asks for a sweep as -m does.
     mode = RunMode.MULTIRUN if arguments.multirun else cfg.hydra.mode or RunMode.RUN
     loader.validate_sweep_overrides_legal(given, mode, from_shell=True)
-    if mode == RunMode.RUN or not cfg.hydra.sweeper["_target_"].endswith(".BasicSweeper"):
-        overrides = _as_written(cfg)  # of another sweeper, which makes its jobs up while it runs, those of all jobs
-        yield _without_hydra(cfg), overrides
-        return
+    overrides = _as_written(cfg)
+    if mode == RunMode.RUN:
+        return Composition([(_without_hydra(cfg), overrides)])
+    if not cfg.hydra.sweeper["_target_"].endswith(".BasicSweeper"):
+        # The sweeper makes its jobs up while it runs: what can be known before is what they have in common.
+        return _with_sweep([(cfg, overrides)], overrides, known=False)
     params = [f"{key}={value}" for key, value in (cfg.hydra.sweeper.params or {}).items()]
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*params, *_as_written(cfg)])
-    for overrides in BasicSweeper.split_arguments(parsed, None)[0]:
-        yield _without_hydra(loader.load_sweep_config(cfg, list(overrides))), list(overrides)
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*params, *overrides])
+    jobs = BasicSweeper.split_arguments(parsed, None)[0]
+    composed = [(loader.load_sweep_config(cfg, list(job)), list(job)) for job in jobs]
+    return _with_sweep(composed, [*params, *overrides], known=True)
+
+
+def _with_sweep(jobs: list[tuple[DictConfig, list[str]]], overrides: list[str], known: bool) -> Composition:
+    """The jobs, still with their `hydra`, as those of a sweep; `known` says whether they are all of them."""
+    launched = [cfg.copy() for cfg, _ in jobs]
+    composed = [(_without_hydra(cfg), job) for cfg, job in jobs]
+    try:
+        name = sweep_id(overrides, [config_hash(cfg) for cfg, _ in composed])
+    except OmegaConfBaseException:
+        return Composition(composed)  # the check of every value, which comes next, says which has nothing behind it
+    folder = Path(launched[0].hydra.sweep.dir.replace(SWEEP_ID, name)).absolute()
+    folders = []
+    for number, cfg in enumerate(launched if known else []):
+        with open_dict(cfg):
+            cfg.hydra.job.num = number
+        folders.append(folder / str(cfg.hydra.sweep.subdir))
+    return Composition(composed, Sweep(name, folder, tuple(folders)))
 
 
 def _as_written(cfg: DictConfig) -> list[str]:

@@ -13,7 +13,7 @@ from resnet_cifar.errors import CheckpointError
 from resnet_cifar.explain import load_pictures
 from resnet_cifar.loop import Evaluation, evaluate
 from resnet_cifar.parts import Parts, build_parts
-from resnet_cifar.recording import Invocation, recorded
+from resnet_cifar.recording import Invocation, find_run, recorded
 
 log = logging.getLogger(__name__)
 
@@ -64,22 +64,20 @@ def explain_checkpoint(cfg: DictConfig, invocation: Invocation) -> None:
 
 
 def with_checkpoint(cfg: DictConfig, overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any]]:
-    """The configuration with the checkpoint's own model and data, and its state; `data` keys that were typed are kept."""
-    state = checkpoint.load(Path(cfg.checkpoint))
+    """The configuration with the checkpoint's own model and data, and its state; what was typed of these is kept."""
+    given = Path(cfg.checkpoint)
+    state = checkpoint.load(given if given.exists() else find_run(cfg.checkpoint, Path(cfg.output_dir), "checkpoint"))
     saved, cfg = OmegaConf.create(state["config"]), cfg.copy()
     typed = [override.partition("=")[0] for override in overrides]
-    data = cfg.data if "data" in typed else saved.data
-    for key in typed:
-        if key.startswith("data."):
-            OmegaConf.update(data, key.removeprefix("data."), OmegaConf.select(cfg, key))
-    if "root" in data.dataset:
-        data.dataset.root = data.root
-    cfg.model, cfg.augmentation, cfg.data, cfg.explain.layers = (
-        saved.model,
-        saved.augmentation,
-        data,
-        saved.explain.layers,
-    )
+    for section in ("model", "data"):
+        chosen = cfg[section] if section in typed else saved[section]
+        for key in typed:
+            if key.startswith(f"{section}."):
+                OmegaConf.update(chosen, key.removeprefix(f"{section}."), OmegaConf.select(cfg, key))
+        cfg[section] = chosen
+    if "root" in cfg.data.dataset:
+        cfg.data.dataset.root = cfg.data.root
+    cfg.augmentation, cfg.explain.layers = saved.augmentation, saved.explain.layers
     return cfg, state
 
 

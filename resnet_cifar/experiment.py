@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,15 +12,16 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from resnet_cifar import checkpoint, parts, provenance, report, resume, tracking
+from resnet_cifar import checkpoint, parts, provenance, report, resume, sweep, tracking
 from resnet_cifar.data import Images, steps_per_epoch, training_batches
 from resnet_cifar.deployed_model import DeployedModel
+from resnet_cifar.environment import without_environment
 from resnet_cifar.evaluation import evaluate_and_explain, evaluate_checkpoint, explain_checkpoint
-from resnet_cifar.loop import EpochRecord, Progress, StepRecord, Training, fit
+from resnet_cifar.fingerprint import config_hash, source_hash
+from resnet_cifar.loop import EpochRecord, Progress, StepRecord, Training, diverged, fit
 from resnet_cifar.lr_finder import range_test, suggest
-from resnet_cifar.progress import ProgressDisplay
+from resnet_cifar.progress import ProgressDisplay, shown
 from resnet_cifar.recording import Invocation, epoch_metrics, recorded, run_name
 from resnet_cifar.signals import StopRequest, stop_requests
 from resnet_cifar.sync import sync_all
@@ -30,10 +32,7 @@ log = logging.getLogger(__name__)
 
 def run(cfg: DictConfig) -> float | None:
     """Do `cfg.task` in Hydra's run folder; `train` returns the accuracy (%) that runs are compared by, the others nothing."""
-    hydra = HydraConfig.get()
-    invocation = Invocation(Path(hydra.runtime.output_dir), tuple(hydra.overrides.task), dict(hydra.runtime.choices))
-    if cfg.resume is not None:
-        cfg, invocation = resume.saved_run(invocation.folder)
+    cfg, invocation = asked_for(cfg)
     tasks = {
         "train": train,
         "find_lr": find_lr,
@@ -41,54 +40,83 @@ def run(cfg: DictConfig) -> float | None:
         "explain": explain_checkpoint,
         "sync": sync,
     }
-    with logging_redirect_tqdm():
-        return tasks[cfg.task](cfg, invocation)
+    return tasks[cfg.task](cfg, invocation)
+
+
+def asked_for(cfg: DictConfig) -> tuple[DictConfig, Invocation]:
+    """The running Hydra job's configuration, a resumed run's own in its place, and how it was asked for."""
+    hydra, job = HydraConfig.get(), sweep.current_job()
+    folder = Path(hydra.runtime.output_dir)
+    if cfg.resume is not None or (job is not None and job.action == sweep.RESUME):
+        return resume.saved_run(folder)
+    return cfg, Invocation(
+        folder,
+        tuple(OmegaConf.to_container(hydra.overrides.task, resolve=False)),
+        dict(hydra.runtime.choices),
+        name=job.name if job is not None else "",
+        tags={"config_hash": config_hash(cfg), "source_hash": source_hash(), **sweep.tags()},
+    )
 
 
 def train(cfg: DictConfig, invocation: Invocation) -> float:
     """The whole assignment: find the learning rate, train, evaluate, explain, record; the final accuracy (%)."""
+    for _stage in train_in_stages(cfg, invocation):
+        pass
+    return report.read_csv(invocation.folder / "history.csv")[-1]["eval_accuracy"]
+
+
+def train_in_stages(cfg: DictConfig, invocation: Invocation) -> Iterator[str]:
+    """`train` with a pause after each stage, whose name it yields: a notebook shows there what the folder holds by then."""
     folder = invocation.folder
     parts.check_targets(cfg)
     parts.choose_device(cfg.trainer.device)
-    state = checkpoint.load(folder) if invocation.resumed else None
     train_images, val_images = parts.load_train_and_val(cfg.data)
     test_images = parts.load_split(cfg.data, train=False)
     built = parts.build_parts(cfg, train_images.classes)
+    # Stopped before its first checkpoint, a run starts again.
+    resumable = invocation.resumed and checkpoint.exists(folder)
+    state = checkpoint.load(folder, built.network) if resumable else None
     train_images, test_images = train_images.to(built.device), test_images.to(built.device)
     evaluated_on = "test" if val_images is None else "val"
     held_out = test_images if val_images is None else val_images.to(built.device)
 
     with recorded(cfg, invocation, provenance.tags(built.device, built.precision)) as tracked_run:
         describe(cfg, folder, built, train_images)
+        yield "described"
         max_lr = state["max_lr"] if state else choose_max_lr(cfg, folder, built, train_images, tracked_run)
+        yield "learning rate found"
         training, progress = build_training(cfg, built, train_images, max_lr), Progress()
         steps = steps_per_epoch(train_images, training.batch_size)
         if state is not None:
             resume.restore(training, built.network, progress, state)
             resume.cut_tables(folder, progress, steps)
             log.info("Resumed in epoch %d after %d of %d batches.", progress.epoch, progress.batch, steps)
-        display = ProgressDisplay(training.epochs, steps, len(train_images), evaluated_on, built.device.type == "cpu")
+        batch_size, estimate = training.batch_size, built.device.type == "cpu"
+        display = ProgressDisplay(training.epochs, len(train_images), batch_size, evaluated_on, estimate)
 
         def save() -> None:
+            if not math.isfinite(float(progress.loss_sum)):  # known late where the loss is on an accelerator
+                raise diverged(training, train_images, progress)
             checkpoint.save(training_state(cfg, built, training, progress, max_lr), folder / "checkpoints")
 
-        with stop_requests() as stop:
+        with stop_requests() as stop, display:
             try:
                 save()
                 records = fit(training, train_images, held_out, progress)
                 follow(records, folder, tracked_run, display, progress, save, cfg.trainer.checkpoint_minutes, stop)
             finally:
-                display.close()
                 report.draw_curves(folder, evaluated_on, steps)
         checkpoint.keep_only_last(folder / "checkpoints")
+        yield "trained"
         test = evaluate_and_explain(cfg, folder, built, test_images)
         if evaluated_on == "val":
             tracked_run.log_metrics({"test/loss": test.loss, "test/accuracy": test.accuracy}, step=training.epochs)
+        yield "explained"
         log_model(cfg, built, test_images, tracked_run)
         note = report.training_note(folder, evaluated_on, test, max_lr, run_name(cfg, invocation))
         tracked_run.set_tags({tracking.NOTE: note})
         log.info("Test accuracy %.2f%%, loss %.4f, after %d epochs.", test.accuracy, test.loss, training.epochs)
-    return report.read_csv(folder / "history.csv")[-1]["eval_accuracy"]
+    yield "recorded"
 
 
 def find_lr(cfg: DictConfig, invocation: Invocation) -> None:
@@ -123,25 +151,39 @@ def follow(
     Raises SystemExit with the signal's exit code, after a checkpoint, at the end of the first batch after a signal.
     """
     steps: list[dict[str, Any]] = []
+    epochs: list[dict[str, Any]] = []
+
+    def write_tables() -> None:  # rows that find the disk full are tried again with those that follow
+        if steps and report.append_csv(
+            folder / "lr_history.csv", [{**row, "loss": row["loss"].item()} for row in steps]
+        ):
+            steps.clear()
+        if epochs and report.append_csv(folder / "history.csv", epochs):
+            epochs.clear()
+
     saved = time.monotonic()
-    for record in records:
-        if isinstance(record, StepRecord):
-            display.step(record, progress)
-            steps.append({"step": record.step, "epoch": record.epoch, "lr": record.lr, "loss": record.loss})
-        else:
-            display.epoch(record)
-            report.append_csv(folder / "history.csv", [dataclasses.asdict(record)])
-            tracked_run.log_metrics(epoch_metrics(record, display.evaluated_on), step=record.epoch)
-        due = time.monotonic() - saved > 60 * checkpoint_minutes
-        if isinstance(record, EpochRecord) or stop.signal_number or due:
-            if steps:
-                report.append_csv(folder / "lr_history.csv", [{**row, "loss": row["loss"].item()} for row in steps])
-                steps.clear()
-            save()
-            saved = time.monotonic()
-        if stop.signal_number:
-            log.warning("Stopped by signal %d in epoch %d; a checkpoint is saved.", stop.signal_number, record.epoch)
-            raise SystemExit(stop.exit_code)
+    try:
+        for record in records:
+            if isinstance(record, StepRecord):
+                display.step(record, progress)
+                steps.append({"step": record.step, "epoch": record.epoch, "lr": record.lr, "loss": record.loss})
+            else:
+                display.epoch(record)
+                epochs.append(dataclasses.asdict(record))
+                tracked_run.log_metrics(epoch_metrics(record, display.evaluated_on), step=record.epoch)
+            due = time.monotonic() - saved > 60 * checkpoint_minutes
+            if isinstance(record, EpochRecord) or stop.signal_number or due:
+                write_tables()
+                save()
+                saved = time.monotonic()
+            if stop.signal_number:
+                log.warning(
+                    "Stopped by signal %d in epoch %d; a checkpoint is saved. Go on with it:\n  python run.py resume=%s",
+                    *(stop.signal_number, record.epoch, shown(folder)),
+                )
+                raise SystemExit(stop.exit_code)
+    finally:
+        write_tables()
 
 
 def choose_max_lr(
@@ -183,11 +225,11 @@ def find_max_lr(cfg: DictConfig, folder: Path, built: parts.Parts, train_images:
     )
     found = suggest(curve, finder.select)
     report.draw_lr_finder(folder, curve, found, finder.select)
-    log.info("LR finder: %s gives max_lr %.6g", finder.select, found)
+    log.info("LR finder: %s gives scheduler.max_lr=%.6g", finder.select, found)
     if found == curve.lrs[-1]:
         log.warning(
-            "That is the end of the range, where the loss still fell: the peak may be too high. Look at lr_finder.png; "
-            "lr_finder.select=steepest or valley choose more carefully."
+            "That is the end of the range, where the loss still fell: the peak may be too\n"
+            "high. Look at lr_finder.png; lr_finder.select=steepest or valley choose lower."
         )
     return found
 
@@ -214,13 +256,13 @@ def training_state(
 ) -> dict[str, Any]:
     """All that going on needs, as plain types and tensors."""
     return {
-        "config": OmegaConf.to_container(cfg, resolve=True),
+        "config": without_environment(cfg),
         "classes": list(built.classes),
         "max_lr": max_lr,
         "model": built.network.state_dict(),
         "optimizer": training.optimizer.state_dict(),
         "scheduler": training.scheduler.state_dict(),
-        "rng": torch.get_rng_state(),
+        "rng": resume.generator_states(built.device),
         "progress": {
             **dataclasses.asdict(progress),
             "loss_sum": float(progress.loss_sum),
@@ -232,7 +274,7 @@ def training_state(
 def describe(cfg: DictConfig, folder: Path, built: parts.Parts, train_images: Images) -> None:
     """The network's summary and the first augmented training images, before anything is trained."""
     shape = tuple(train_images.images.shape[1:])
-    (folder / "model_summary.txt").write_text(report.model_summary(built.network, shape))
+    report.write_summary(folder / "model_summary.txt", built.network, shape)
     batches = training_batches(train_images, built.augment, cfg.data.batch_size, cfg.seed, epoch=1)
     images, labels = (tensor[: cfg.explain.num_images] for tensor in next(batches))
     report.draw_training_images(folder, images, labels, built.augment.normalise, built.classes)

@@ -25,7 +25,7 @@ class Selection:
     title: str
 
 
-def select_images(logits: Tensor, labels: Tensor, num_images: int, evaluated_on: str) -> Selection:
+def select_images(logits: Tensor, labels: Tensor, num_images: int = 20, evaluated_on: str = "test") -> Selection:
     """The most confident mistakes, at most `num_images`, or where there are none the least confident images.
 
     Logits are (N, K), labels (N,); the title says which of the two, of how many in `evaluated_on` (test or val).

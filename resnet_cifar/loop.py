@@ -1,5 +1,7 @@
 """The training loop: it yields a record per step and per epoch, and knows neither tracker nor plot."""
 
+import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,12 +67,12 @@ class Training:
 
     model: nn.Module
     optimizer: Optimizer
-    scheduler: LRScheduler
     augment: Augmentation
     epochs: int
     batch_size: int
-    seed: int
-    precision: str  # fp32 or bf16
+    scheduler: LRScheduler | None = None  # stepped after every batch
+    seed: int = 0
+    precision: str = "fp32"  # or bf16
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -78,8 +80,10 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-def fit(training: Training, train: Images, held_out: Images, progress: Progress) -> Iterator[StepRecord | EpochRecord]:
-    """Train from `progress` to the last epoch and evaluate on `held_out` after each.
+def fit(
+    training: Training, train: Images, held_out: Images, progress: Progress | None = None
+) -> Iterator[StepRecord | EpochRecord]:
+    """Train from `progress`, or the beginning, to the last epoch and evaluate on `held_out` after each.
 
     `progress` and the parts are consistent with each other at every yield: that is where a checkpoint may be taken.
 
@@ -87,17 +91,20 @@ def fit(training: Training, train: Images, held_out: Images, progress: Progress)
         DivergedError: the loss is not finite. On a CPU before the optimizer step; elsewhere, where looking at every
             loss would stall the device, at the end of the epoch.
     """
+    progress = progress or Progress()
     while progress.epoch <= training.epochs:
         epoch, started = progress.epoch, time.perf_counter()
         images_done = min(len(train), progress.batch * training.batch_size)
         yield from train_epoch(training, train, progress)
         train_loss, train_accuracy = float(progress.loss_sum) / len(train), 100 * int(progress.correct) / len(train)
-        if not torch.isfinite(torch.tensor(train_loss)):
-            raise diverged(epoch, progress.batch, progress.lr)
+        if not math.isfinite(train_loss):
+            raise diverged(training, train, progress)
         trained = time.perf_counter()
         evaluation = evaluate(
             training.model, held_out, training.augment.normalise, training.batch_size, training.precision
         )
+        if not math.isfinite(evaluation.loss):  # the last step broke weights that had a finite loss
+            raise diverged(training, train, progress)
         finished = time.perf_counter()
         progress.epoch, progress.batch, progress.loss_sum, progress.correct = epoch + 1, 0, 0.0, 0
         yield EpochRecord(
@@ -127,7 +134,7 @@ def train_epoch(training: Training, train: Images, progress: Progress) -> Iterat
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
         if device.type == "cpu" and not torch.isfinite(loss):
-            raise diverged(progress.epoch, progress.batch + 1, lr)
+            raise diverged(training, train, dataclasses.replace(progress, batch=progress.batch + 1, lr=lr))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -137,13 +144,15 @@ def train_epoch(training: Training, train: Images, progress: Progress) -> Iterat
         progress.correct += (logits.detach().argmax(1) == labels).sum()
         step = (progress.epoch - 1) * steps + progress.batch
         # OneCycleLR stepped once more after the last batch extrapolates below zero, the reference's -5.9e-06.
-        if step < training.epochs * steps:
+        if training.scheduler is not None and step < training.epochs * steps:
             training.scheduler.step()
         yield StepRecord(progress.epoch, step, lr, loss.detach())
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, images: Images, normalise: Normalise, batch_size: int, precision: str) -> Evaluation:
+def evaluate(
+    model: nn.Module, images: Images, normalise: Normalise, batch_size: int = 512, precision: str = "fp32"
+) -> Evaluation:
     """Loss, accuracy and logits on `images`, not augmented; the model's mode is put back."""
     was_training = model.training
     model.eval()
@@ -158,9 +167,10 @@ def evaluate(model: nn.Module, images: Images, normalise: Normalise, batch_size:
     return Evaluation(loss, accuracy, all_logits.cpu())
 
 
-def diverged(epoch: int, batch: int, lr: float) -> DivergedError:
-    """What to tell a user whose loss is not finite."""
+def diverged(training: Training, train: Images, progress: Progress) -> DivergedError:
+    """What to tell a user whose loss is not finite in the step that `progress` has reached."""
+    step = (progress.epoch - 1) * steps_per_epoch(train, training.batch_size) + progress.batch
     return DivergedError(
-        f"The loss is not a finite number in epoch {epoch}, batch {batch}, at LR {lr:.6g}: training stopped.\n"
+        f"The loss is not a finite number in epoch {progress.epoch}, step {step}, at LR {progress.lr:.6g}: training stopped.\n"
         "Lower scheduler.max_lr (or optimizer.lr with a constant schedule), or raise scheduler.div_factor."
     )

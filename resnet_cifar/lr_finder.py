@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -28,14 +29,14 @@ def range_test(
     optimizer: Optimizer,
     batches: Iterator[tuple[Tensor, Tensor]],
     *,
-    end_lr: float,
-    num_iter: int,
-    step_mode: str,
-    precision: str,
+    end_lr: float = 0.1,
+    num_iter: int = 100,
+    step_mode: str = "exp",
+    precision: str = "fp32",
 ) -> RangeTest:
     """Train a copy from the optimizer's learning rate up to `end_lr` over `num_iter` batches (N, C, H, W), (N,).
 
-    Model, optimizer and torch's random generators are left as they were. It ends early where the loss exceeds five times
+    Model, optimizer and all random generators are left as they were. It ends early where the loss exceeds five times
     its lowest value, torch-lr-finder's default.
     """
     from torch_lr_finder import LRFinder, TrainDataLoaderIter
@@ -53,12 +54,24 @@ def range_test(
     model.forward = autocast(device, precision)(model.forward)
     finder = LRFinder(model, optimizer, nn.CrossEntropyLoss(), device=device)
     silence = io.StringIO()  # torch-lr-finder prints, and draws a bar of its own
-    with torch.random.fork_rng(), contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+    with untouched_generators(), contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
         finder.range_test(Batches(), end_lr=end_lr, num_iter=num_iter, step_mode=step_mode)
     return RangeTest(np.array(finder.history["lr"]), np.array([float(loss) for loss in finder.history["loss"]]))
 
 
-def suggest(curve: RangeTest, select: str) -> float:
+@contextlib.contextmanager
+def untouched_generators() -> Iterator[None]:
+    """Put back torch's, NumPy's and Python's random generators: a transform of the user's own may draw from any."""
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            np.random.set_state(of_numpy)
+            random.setstate(of_python)
+
+
+def suggest(curve: RangeTest, select: str = "min_loss") -> float:
     """The learning rate that `select` (`min_loss`, `steepest` or `valley`) picks from the curve.
 
     Raises:

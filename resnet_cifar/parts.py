@@ -1,11 +1,12 @@
 """From the configuration to the parts of a training: device, images, model, optimizer, scheduler, augmentation."""
 
+import functools
 import inspect
 import logging
 from dataclasses import dataclass
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -99,13 +100,19 @@ def load_split(data: DictConfig, train: bool) -> Images:
         DataError: the data set is missing, corrupt or cannot be downloaded.
     """
     try:
-        images = as_images(instantiate(data.dataset, train=train))
+        images = _read(OmegaConf.to_yaml(data.dataset, resolve=True), train)
     except (OSError, RuntimeError, EOFError) as error:
         subfolder = getattr(resolve(data.dataset._target_), "base_folder", "")
         raise dataset_error(error, data.root, subfolder) from error
     if train:
         return images
     return subset(images, data.test_size, "data.test_size")
+
+
+@functools.lru_cache(maxsize=2)
+def _read(dataset: str, train: bool) -> Images:
+    # Once for all the jobs of a sweep, which would otherwise read and verify the same files each time.
+    return as_images(instantiate(OmegaConf.create(dataset), train=train))
 
 
 def load_train_and_val(data: DictConfig) -> tuple[Images, Images | None]:

@@ -1,9 +1,11 @@
-"""Passwords inside URIs: found, so that they are refused before they are written anywhere, and blotted out of messages."""
+"""Passwords: found in URIs, so that they are refused before they are written anywhere, and blotted out of messages."""
 
+import os
 import re
 
 _USER_AND_PASSWORD = re.compile(r"://[^\s@:]*:[^@]+@|https?://[^\s/@]+@")
 _NAMED = re.compile(r"(?i)([?&;](?:\w*password|passwd|pwd|\w*token|\w*secret\w*|api_?key)=)[^&;\s'\"]+")
+_SECRET_VARIABLE = re.compile(r"(?i)passw|token|secret|credential|(api|access|private)_?key")
 
 
 def has_password(text: str) -> bool:
@@ -12,5 +14,11 @@ def has_password(text: str) -> bool:
 
 
 def without_passwords(text: str) -> str:
-    """The text with everything before the host of a URI, and every value named password or token, replaced by ***."""
+    """The text with everything before the host of a URI, and every value named password or token, replaced by ***.
+
+    The values of environment variables with such names count too, wherever they stand.
+    """
+    for name, value in os.environ.items():
+        if _SECRET_VARIABLE.search(name) and len(value) >= 6:  # shorter ones would blot out ordinary words
+            text = text.replace(value, "***")
     return _NAMED.sub(r"\1***", re.sub(r"://.*@", "://***@", text))

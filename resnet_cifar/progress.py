@@ -1,53 +1,79 @@
-"""What a terminal shows while a training runs: a bar per epoch, a line after each, and once when it will end."""
+"""What a terminal shows: a bar per epoch, a line after each, once when training will end, and at the end where to look.
+
+What it shows has room in 80 columns, unless a path is longer.
+"""
 
 import logging
+import sys
 import time
+import warnings
+from contextlib import ExitStack
 from datetime import datetime, timedelta
+from pathlib import Path
 
 from tqdm import tqdm
 
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord
+from resnet_cifar.tracked_run import NoRun
 
 STEPS_BEFORE_ESTIMATE = 10
 HOUR = 3600
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
 
 log = logging.getLogger(__name__)
 
 
 class ProgressDisplay:
-    """Bars on a terminal, none in a pipe; log lines in both."""
+    """Bars on a terminal and in a notebook, none in a pipe; lines everywhere. A context in which the two do not mix."""
 
-    def __init__(self, epochs: int, steps_per_epoch: int, num_images: int, evaluated_on: str, estimate: bool) -> None:
-        self.epochs, self.steps_per_epoch, self.num_images = epochs, steps_per_epoch, num_images
+    def __init__(self, epochs: int, num_images: int, batch_size: int, evaluated_on: str, estimate: bool) -> None:
+        self.epochs, self.num_images, self.batch_size = epochs, num_images, batch_size
         self.evaluated_on, self.estimate = evaluated_on, estimate
+        self.steps_per_epoch = -(-num_images // batch_size)
         self.bar: tqdm | None = None
         self.started, self.steps_seen = time.monotonic(), 0
+        self.redirection = ExitStack()
+
+    def __enter__(self) -> "ProgressDisplay":
+        with warnings.catch_warnings(action="ignore"):  # about notebook widgets, which this bar does without
+            from tqdm.contrib.logging import logging_redirect_tqdm
+        self.redirection.enter_context(logging_redirect_tqdm())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+        self.redirection.close()
 
     def step(self, record: StepRecord, progress: Progress) -> None:
         """Move the bar; its numbers are refreshed only when it is drawn, since reading a loss makes a GPU wait."""
         if self.bar is None:
+            # A notebook's streams are no terminals, yet it draws bars, and in one stream with the lines they stay in order.
+            in_notebook = type(sys.stdout).__module__ == "ipykernel.iostream"
             self.bar = tqdm(
                 total=self.steps_per_epoch,
                 initial=progress.batch - 1,
-                desc=f"Epoch {record.epoch}/{self.epochs}",
-                disable=None,
+                desc=f"epoch {self._of_epochs(record.epoch)}",
+                bar_format=BAR,
+                disable=False if in_notebook else None,
+                file=sys.stdout if in_notebook else sys.stderr,
                 leave=False,
-                dynamic_ncols=True,
+                ncols=80 if in_notebook else None,
+                dynamic_ncols=not in_notebook,
             )
         if self.bar.update():
-            accuracy = 100 * int(progress.correct) * self.steps_per_epoch / (progress.batch * self.num_images)
-            self.bar.set_postfix_str(f"LR {record.lr:.3g}, loss {record.loss.item():.3f}, accuracy {accuracy:.1f}%")
+            accuracy = 100 * int(progress.correct) / min(progress.batch * self.batch_size, self.num_images)
+            self.bar.set_postfix_str(f"lr {record.lr:.6f}, loss {record.loss.item():.3f}, {accuracy:.1f}%")
         self.steps_seen += 1
         if self.estimate and self.steps_seen == STEPS_BEFORE_ESTIMATE:
             self._say_when_it_ends(record.step)
 
     def epoch(self, record: EpochRecord) -> None:
-        """One line for a finished epoch."""
+        """One line for a finished epoch: its last learning rate, losses and accuracies, and the seconds it took."""
         self.close()
         log.info(
-            "epoch %*d/%d  LR %.6f  train loss %.4f, accuracy %6.2f%%  %s loss %.4f, accuracy %6.2f%%  %.0f images/s",
-            *(len(str(self.epochs)), record.epoch, self.epochs, record.lr, record.train_loss, record.train_accuracy),
-            *(self.evaluated_on, record.eval_loss, record.eval_accuracy, record.images_per_second),
+            "epoch %s  lr %.6f  train %6.3f %6.2f%%  %s %6.3f %6.2f%%  %3.0f s",
+            *(self._of_epochs(record.epoch), record.lr, record.train_loss, record.train_accuracy),
+            *(self.evaluated_on, record.eval_loss, record.eval_accuracy, record.epoch_seconds),
         )
 
     def close(self) -> None:
@@ -55,6 +81,9 @@ class ProgressDisplay:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+    def _of_epochs(self, epoch: int) -> str:
+        return f"{epoch:{len(str(self.epochs))}}/{self.epochs}"
 
     def _say_when_it_ends(self, step: int) -> None:
         seconds_per_step = (time.monotonic() - self.started) / self.steps_seen
@@ -64,10 +93,30 @@ class ProgressDisplay:
             log.info("Training takes about %s more, until about %s.", _duration(remaining), f"{end:%H:%M}")
             return
         log.info(
-            "Training takes about %s more on this CPU, until about %s; for a look in a minute: "
-            "python run.py experiment=quickstart",
+            "Training takes about %s more on this CPU, until %s;\n"
+            "for a look in a minute: python run.py experiment=quickstart",
             *(_duration(remaining), f"{end:%H:%M on %d %B}"),
         )
+
+
+def where_to_look(task: str, folder: Path, tracked_run: NoRun) -> str:
+    """The run's folder, figures and page in MLflow, and the command to go on with; paths are relative where they can be."""
+    lines = ["", f"folder   {shown(folder)}", f"figures  {shown(folder / 'figures')}"]
+    if tracked_run.url:
+        here = f"sqlite:///{Path.cwd()}/"
+        lines.append(f"MLflow   {tracked_run.url.replace(here, 'sqlite:///')}")
+        if not tracked_run.url.startswith("http"):
+            page = f"#/experiments/{tracked_run.experiment_id}/runs/{tracked_run.run_id}?workflowType=machine_learning"
+            lines.append(f"         http://127.0.0.1:5000/{page}")
+    if task == "train":
+        lines.append("next     python run.py task=explain explain.images=<folder of pictures> \\")
+        lines.append(f"           checkpoint={shown(folder)}")
+    return "\n".join(lines)
+
+
+def shown(path: Path) -> Path:
+    """The path from the working directory, where it lies in there."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _duration(seconds: float) -> str:

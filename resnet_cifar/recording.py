@@ -1,45 +1,57 @@
 """A run around its work: how it was asked for, its name and compared parameters, its start and end in MLflow, its files."""
 
+import json
 import logging
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from resnet_cifar import tracking
+from resnet_cifar import schema, tracking
 from resnet_cifar.checkpoint import LAST
-from resnet_cifar.errors import StorageError
+from resnet_cifar.environment import without_environment
+from resnet_cifar.errors import CheckpointError, StorageError
 from resnet_cifar.loop import EpochRecord
+from resnet_cifar.progress import shown, where_to_look
 from resnet_cifar.signals import exit_on_sigterm
 from resnet_cifar.tracked_run import NoRun
 
-# What people compare runs by, as far as a configuration has it; group choices and whatever was overridden join these.
+# What people compare runs by, as far as a configuration has it: these always, then what was overridden, then the others.
 COMPARED_GROUPS = ("data", "augmentation", "optimizer", "scheduler")
+ALWAYS_COMPARED = ("seed", "trainer.epochs", "data.batch_size", "data.train_size", "model.width")
 COMPARED = (
-    *("seed", "data.batch_size", "data.train_size", "model.width", "model.inner_shortcut", "optimizer.weight_decay"),
-    *("scheduler.pct_start", "scheduler.div_factor", "scheduler.final_div_factor", "trainer.epochs"),
+    *("scheduler.pct_start", "scheduler.div_factor", "scheduler.final_div_factor", "optimizer.weight_decay"),
+    "model.inner_shortcut",
 )
+MOST_PARAMS = 15  # more squeeze the images on MLflow's pages
 # Where a run lies and where it is recorded tell nothing about its result.
-NOT_COMPARED = ("tracking", "hydra", "output_dir", "data.root", "experiment", "scheduler.max_lr", "resume")
+NOT_COMPARED = ("tracking", "hydra", "output_dir", "data.root", "experiment", "scheduler.max_lr", "resume", "sweep")
 FILES = ("config.yaml", "model_summary.txt", "*.csv", "run.log", "figures/*.png", f"checkpoints/{LAST}")
 STATUS = "status.txt"
+SIGNAL_EXITS = (130, 143)  # SIGINT and SIGTERM: stopped, not failed
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Invocation:
-    """How a run was asked for: its folder, the overrides as typed, the option chosen of each group; `run_id` of one resumed."""
+    """How a run was asked for: its folder, the overrides as typed, the option chosen of each group; `run_id` of one resumed.
+
+    `name` is what it varied in a sweep; `tags` say which sweep that is, and which runs are the same as this one.
+    """
 
     folder: Path
     overrides: tuple[str, ...]
     choices: Mapping[str, str | None]
     resumed: bool = False
     run_id: str | None = None
+    name: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 @contextmanager
@@ -52,25 +64,31 @@ def recorded(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, s
     folder = invocation.folder
     with only_process(folder), exit_on_sigterm():
         if not invocation.resumed:
-            (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+            (folder / "config.yaml").write_text(OmegaConf.to_yaml(without_environment(cfg)))
         tracked_run = tracking.start(
             **{key: cfg.tracking[key] for key in ("uri", "artifacts", "experiment")},
             run_name=run_name(cfg, invocation),
             folder=folder,
             params={} if invocation.resumed else compared_params(cfg, invocation),
-            tags={"task": cfg.task, "overrides": " ".join(invocation.overrides) or "none", **provenance},
+            tags={
+                "task": cfg.task,
+                "overrides": " ".join(invocation.overrides) or "none",
+                **invocation.tags,
+                **provenance,
+            },
             run_id=invocation.run_id,
         )
         (folder / STATUS).unlink(missing_ok=True)
-        log.info("Run folder: %s", folder)
+        log.info("Run folder: %s", shown(folder))
         try:
             yield tracked_run
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-            status = "KILLED" if stopped else "FAILED"
-            reason = (
-                f"Stopped. Continue: `python run.py resume={folder}`" if stopped else f"{type(error).__name__}: {error}"
+            stopped = isinstance(error, KeyboardInterrupt | GeneratorExit) or (
+                isinstance(error, SystemExit) and error.code in SIGNAL_EXITS
             )
+            status = "KILLED" if stopped else "FAILED"
+            hint = f"Stopped. Continue it: `python run.py resume={shlex.quote(str(folder))}`"
+            reason = hint if stopped else f"{type(error).__name__}: {error}"
             _end(folder, tracked_run, status, reason)
             if isinstance(error, OSError):
                 raise StorageError(
@@ -78,8 +96,7 @@ def recorded(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, s
                 ) from error
             raise
         _end(folder, tracked_run, "FINISHED", None)
-    if tracked_run.url:
-        log.info("MLflow run: %s\n  %s", tracked_run.run_id, tracked_run.url)
+    log.info("%s", where_to_look(cfg.task, folder, tracked_run))
 
 
 @contextmanager
@@ -108,6 +125,31 @@ def _end(folder: Path, tracked_run: NoRun, status: str, note: str | None) -> Non
         log.warning("%s cannot be written: %s", folder / STATUS, error)
 
 
+def find_run(reference: str, outputs: Path, key: str) -> Path:
+    """The folder of a run, given as such or as the id of an MLflow run somewhere under `outputs`; `key` is where it was given.
+
+    Raises:
+        CheckpointError: there is no such run.
+    """
+    folder = Path(reference).absolute()
+    if (folder / "config.yaml").is_file():
+        return folder
+    for journal in outputs.rglob("tracking.jsonl") if reference.isalnum() else ():
+        if run_id(journal.parent) == reference:
+            return journal.parent
+    raise CheckpointError(
+        f"{key}={reference}: there is no such run. Give the folder of a run, which holds its config.yaml,\n"
+        f"or the id of an MLflow run whose folder lies under {outputs}"
+    )
+
+
+def run_id(folder: Path) -> str | None:
+    """The MLflow run that the folder's journal belongs to."""
+    journal = folder / "tracking.jsonl"
+    first = journal.read_text().partition("\n")[0] if journal.exists() else ""
+    return json.loads(first)["run"] if first else None
+
+
 def epoch_metrics(record: EpochRecord, evaluated_on: str) -> dict[str, float]:
     """An epoch's record under the names of the metrics."""
     return {
@@ -123,19 +165,22 @@ def epoch_metrics(record: EpochRecord, evaluated_on: str) -> dict[str, float]:
 
 def compared_params(cfg: DictConfig, invocation: Invocation) -> dict[str, Any]:
     """Flat dotted keys and their values; `scheduler.max_lr`, which may have to be found first, is logged when it is known."""
+    values = dict(schema.leaves(without_environment(cfg)))
     params: dict[str, Any] = {group: invocation.choices.get(group) for group in COMPARED_GROUPS}
     given = (override.partition("=")[0].lstrip("+") for override in invocation.overrides)
-    for key in (*COMPARED, *given):
-        value = OmegaConf.select(cfg, key)
-        if value is not None and not OmegaConf.is_config(value) and not key.startswith(NOT_COMPARED):
-            params[key] = value
+    for key in (*ALWAYS_COMPARED, *given, *COMPARED):
+        room = len(params) < MOST_PARAMS - 1  # scheduler.max_lr is the last
+        if room and values.get(key) is not None and not key.startswith(NOT_COMPARED):
+            params[key] = values[key]
     return params
 
 
 def run_name(cfg: DictConfig, invocation: Invocation) -> str:
     """`tracking.run_name`, or the preset and what was overridden."""
+    if invocation.name:
+        return invocation.name
     if cfg.tracking.run_name:
-        return cfg.tracking.run_name
+        return without_environment(cfg)["tracking"]["run_name"]
     preset = invocation.choices.get("experiment") or ("session_10" if cfg.task == "train" else cfg.task)
     aside = tuple(key for key in NOT_COMPARED if key != "scheduler.max_lr")
     given = [override for override in invocation.overrides if not override.startswith((*aside, "task=", "checkpoint="))]

@@ -1,8 +1,10 @@
 """What a run leaves in its folder: tables, figures and the summary in words."""
 
+import contextlib
 import csv
 import itertools
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,21 @@ TARGET_ACCURACY = 90  # the assignment's
 log = logging.getLogger(__name__)
 
 
-def append_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows to a CSV file, after a header where the file is new."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+def append_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Add rows to a CSV file, after a header where it is new; False, a warning and the file as it was on a full disk."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            if not size:
+                writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        log.warning("%s was not written (%s); the run goes on.", path.name, error.strerror)
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        return False
+    return True
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:
@@ -44,7 +53,7 @@ def read_csv(path: Path) -> list[dict[str, float]]:
 def save_figure(folder: Path, name: str, draw: Callable[[], Figure]) -> None:
     """Draw and save `figures/<name>.png`; a figure that fails is a warning, since the run is worth more than its picture."""
     try:
-        (folder / "figures").mkdir(exist_ok=True)
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
         draw().savefig(folder / "figures" / f"{name}.png", dpi=DPI)
     except Exception as error:
         log.warning("figures/%s.png was not drawn: %s: %s", name, type(error).__name__, error)
@@ -60,6 +69,14 @@ def model_summary(model: nn.Module, image_shape: Sequence[int]) -> str:
         model, input_size=(20, *image_shape), depth=4, col_names=columns, row_settings=("var_names",), verbose=0
     )
     return str(table).replace("Units.GIGABYTES", "G").replace("Units.MEGABYTES", "M").replace("Units.KILOBYTES", "K")
+
+
+def write_summary(path: Path, model: nn.Module, image_shape: Sequence[int]) -> None:
+    """`model_summary.txt`; a model it cannot describe is a warning."""
+    try:
+        path.write_text(model_summary(model, image_shape))
+    except Exception as error:
+        log.warning("%s was not written: %s: %s", path.name, type(error).__name__, str(error).partition("\n")[0])
 
 
 def write_predictions(path: Path, logits: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
@@ -116,15 +133,19 @@ def draw_confusion_matrix(folder: Path, logits: Tensor, labels: Tensor, classes:
 
 
 def explain_mistakes(
-    folder: Path,
+    folder: str | Path,
     network: nn.Module,
     images: Images,
     logits: Tensor,
     normalise: Normalise,
     layers: Mapping[str, str],
-    num_images: int,
+    num_images: int = 20,
 ) -> None:
-    """The most confident mistakes on the test images, and what each layer saw there for the correct and the predicted class."""
+    """The most confident mistakes on the test images, and what each layer saw there for the correct and the predicted class.
+
+    Figures go to `folder`/figures; `logits` (N, K) are of all `images`; `layers` are names in the figures and module paths.
+    """
+    folder = Path(folder)
     labels = images.labels.cpu()
     selection = explain.select_images(logits, labels, num_images, "test")
     index = torch.from_numpy(selection.indices)

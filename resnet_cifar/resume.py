@@ -1,8 +1,8 @@
 """Going on with an interrupted run: finding it, its own configuration, and the state it stopped in."""
 
 import csv
-import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from resnet_cifar import schema
 from resnet_cifar.compose import outputs
-from resnet_cifar.errors import CheckpointError, ConfigError
+from resnet_cifar.errors import ConfigError
 from resnet_cifar.loop import Progress, Training
-from resnet_cifar.recording import STATUS, Invocation
+from resnet_cifar.recording import STATUS, Invocation, find_run, run_id
 
 
 def command_line(argv: list[str]) -> list[str] | None:
@@ -22,29 +22,15 @@ def command_line(argv: list[str]) -> list[str] | None:
         ConfigError: something else is given beside it, which would change what is continued.
         CheckpointError: there is no such run.
     """
-    reference = next(argument for argument in argv if argument.startswith("resume=")).removeprefix("resume=")
+    given = next(argument for argument in argv if argument.lstrip("+").startswith("resume="))
     if len(argv) > 1:
-        beside = " ".join(argument for argument in argv if not argument.startswith("resume="))
+        beside = " ".join(argument for argument in argv if argument != given)
         raise ConfigError(f"A run is resumed with its own configuration: leave out {beside}")
-    folder = find_run(reference)
+    folder = find_run(given.partition("=")[2], Path(outputs()), "resume")
     if (folder / STATUS).exists() and (folder / STATUS).read_text().startswith("FINISHED"):
         return None
-    return [f"resume='{folder}'", f"hydra.run.dir='{folder}'", "hydra.output_subdir=null"]
-
-
-def find_run(reference: str) -> Path:
-    """The folder of a run, given as such or as its MLflow run id."""
-    folder = Path(reference).absolute()
-    if (folder / "config.yaml").is_file():
-        return folder
-    if reference.isalnum():
-        for journal in Path(outputs()).rglob("tracking.jsonl"):
-            if _run_id(journal.parent) == reference:
-                return journal.parent
-    raise CheckpointError(
-        f"resume={reference}: there is no such run. Give the folder of a run, which holds its config.yaml,\n"
-        f"or the id of an MLflow run whose folder lies under {outputs()}"
-    )
+    quoted = "'" + str(folder).replace("'", "\\'") + "'"
+    return [f"resume={quoted}", f"hydra.run.dir={quoted}", "hydra.output_subdir=null"]
 
 
 def saved_run(folder: Path) -> tuple[DictConfig, Invocation]:
@@ -54,12 +40,21 @@ def saved_run(folder: Path) -> tuple[DictConfig, Invocation]:
     hydra = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra
     invocation = Invocation(
         folder=folder,
-        overrides=tuple(hydra.overrides.task),
+        overrides=tuple(OmegaConf.to_container(hydra.overrides.task, resolve=False)),
         choices=dict(hydra.runtime.choices),
         resumed=True,
-        run_id=_run_id(folder),
+        run_id=run_id(folder),
     )
     return cfg, invocation
+
+
+def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """torch's random generators as a dropout layer on `device` would draw from them."""
+    return {kind: _generators(kind).get_rng_state() for kind in {"cpu", device.type}}
+
+
+def _generators(kind: str) -> ModuleType:
+    return torch if kind == "cpu" else torch.get_device_module(kind)
 
 
 def restore(training: Training, network: torch.nn.Module, progress: Progress, state: dict[str, Any]) -> None:
@@ -67,7 +62,9 @@ def restore(training: Training, network: torch.nn.Module, progress: Progress, st
     network.load_state_dict(state["model"])
     training.optimizer.load_state_dict(state["optimizer"])
     training.scheduler.load_state_dict(state["scheduler"])
-    torch.set_rng_state(state["rng"])
+    device = next(network.parameters()).device
+    for kind in state["rng"].keys() & {"cpu", device.type}:
+        _generators(kind).set_rng_state(state["rng"][kind])
     for name, value in state["progress"].items():
         setattr(progress, name, value)
 
@@ -90,11 +87,3 @@ def _cut(path: Path, key: str, last: int) -> None:
         writer.writeheader()
         writer.writerows(rows)
     temporary.replace(path)
-
-
-def _run_id(folder: Path) -> str | None:
-    journal = folder / "tracking.jsonl"
-    if not journal.exists():
-        return None
-    first = journal.read_text().partition("\n")[0]
-    return json.loads(first)["run"]

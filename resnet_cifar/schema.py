@@ -15,6 +15,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from typing_extensions import TypedDict  # pydantic refuses typing's own before Python 3.12
 
 from resnet_cifar.conflicts import conflicts
+from resnet_cifar.environment import without_environment
 from resnet_cifar.errors import ConfigError
 from resnet_cifar.passwords import has_password
 from resnet_cifar.suggestions import did_you_mean, keys
@@ -155,6 +156,12 @@ class Tracking(TypedDict):
 
 
 @closed
+class Sweep(TypedDict):
+    rerun: Literal["unfinished", "all"]
+    dry_run: bool
+
+
+@closed
 class Config(TypedDict):
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     task: Literal["train", "find_lr", "evaluate", "explain", "sync"]
@@ -170,6 +177,7 @@ class Config(TypedDict):
     trainer: Trainer
     lr_finder: LRFinder
     explain: Explain
+    sweep: Sweep
 
 
 def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
@@ -178,8 +186,9 @@ def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     `overrides` are the command line's, which alone say what was given on purpose.
     """
     container = resolved(cfg)
+    written = without_environment(cfg)
     # In this order, each only when the one before found nothing: a password is never quoted in another's message.
-    for problems in (_passwords(container), _violations(container), conflicts(container, overrides)):
+    for problems in (_passwords(container), _violations(container, written), conflicts(container, overrides)):
         lines = "\n".join(problems).splitlines()
         if lines:
             raise ConfigError("\n".join(lines if len(lines) <= 3 else [*lines[:2], f"and {len(lines) - 2} more"]))
@@ -190,7 +199,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     try:
         return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, RecursionError) as error:
-        broken = [key for key, _ in _leaves(OmegaConf.to_container(cfg, resolve=False)) if _is_broken(cfg, key)]
+        broken = [key for key, _ in leaves(OmegaConf.to_container(cfg, resolve=False)) if _is_broken(cfg, key)]
         reason = re.sub("^KeyError raised while resolving interpolation: ", "", str(error).splitlines()[0])
         raise ConfigError(f"{', '.join(broken)}: {reason}") from error
 
@@ -204,7 +213,7 @@ def _is_broken(cfg: DictConfig, key: str) -> bool:
 
 
 def _passwords(container: dict[str, Any]) -> Iterator[str]:
-    for key, value in _leaves(container):
+    for key, value in leaves(container):
         if isinstance(value, str) and has_password(value):
             yield (
                 f"{key} holds a password, which would be kept in the run's files: take it out of the URI and set\n"
@@ -212,10 +221,10 @@ def _passwords(container: dict[str, Any]) -> Iterator[str]:
             )
 
 
-def _violations(container: dict[str, Any]) -> Iterator[str]:
+def _violations(container: dict[str, Any], written: dict[str, Any]) -> Iterator[str]:
     reasons: dict[str, list[str]] = {}
     for location, kind, message in _type_errors(container):
-        key, given = _locate(container, location)
+        key, given = _locate(written, location)
         if kind == "missing":
             reasons[f"{key} is required"] = []
         elif kind == "extra_forbidden":
@@ -223,7 +232,7 @@ def _violations(container: dict[str, Any]) -> Iterator[str]:
         else:
             allowed = re.sub(r"^(Value error, )?(\w+ (?=should))?should | after validation.*", "", message)
             reasons.setdefault(f"{key}={_as_yaml(given)} should ", []).append(allowed)
-    for key, value in _leaves(container):
+    for key, value in leaves(container):
         if isinstance(value, float) and not math.isfinite(value):
             reasons[f"{key}={value} should "] = ["be a finite number"]
         if key.endswith("._target_") and isinstance(value, str) and not is_allowed(value):
@@ -268,10 +277,11 @@ def _locate(container: Any, location: tuple) -> tuple[str, Any]:
     return ".".join(key), container
 
 
-def _leaves(container: Any, parent: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(container: Any, parent: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted key and the value of everything in a tree of plain dicts and lists that is neither."""
     branches = container.items() if isinstance(container, dict) else enumerate(container)
     for part, value in branches:
         if isinstance(value, dict | list):
-            yield from _leaves(value, f"{parent}{part}.")
+            yield from leaves(value, f"{parent}{part}.")
         else:
             yield f"{parent}{part}", value

@@ -1,29 +1,220 @@
-"""What spans the runs of a sweep: the list of those that failed, from which the sweep has its exit code."""
+"""What spans the runs of a sweep: its plan, which jobs need not run again, those that failed, and its end."""
 
+import contextlib
+import dataclasses
+import json
+import logging
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-FAILED = "failed_jobs.txt"
+from resnet_cifar.compose import Composition
+from resnet_cifar.errors import ConfigError, StorageError
+from resnet_cifar.fingerprint import config_hash
+
+PLAN, FAILED, STATUS = "sweep.json", "failed_jobs.txt", "status.txt"
+RUN, RESUME, SKIP = "run", "resume", "skip"
+
+_running: list[object] = []  # the lock on the sweep's folder, held while this process lives
+
+log = logging.getLogger(__name__)
 
 
-def record_failure(message: str) -> None:
-    """Add the running job and why it failed to the sweep's list, a file since a launcher's jobs may be other processes."""
+@dataclass(frozen=True)
+class Job:
+    """A job of a sweep: what it varied, what is to be done, its folder, and the folder with its result, another if skipped."""
+
+    number: int
+    name: str
+    values: dict[str, str]
+    config_hash: str
+    action: str
+    folder: str
+    result: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep as its jobs and its end find it in its folder's `sweep.json`."""
+
+    id: str
+    folder: str
+    command: list[str]
+    jobs: list[Job]
+
+    def save(self) -> None:
+        """Write it into the sweep's folder."""
+        Path(self.folder).mkdir(parents=True, exist_ok=True)
+        (Path(self.folder) / PLAN).write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
+
+
+def load_plan(folder: Path) -> Plan:
+    """The plan of the sweep in `folder`."""
+    plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    return Plan(**{**plan, "jobs": [Job(**job) for job in plan["jobs"]]})
+
+
+def prepare(argv: Sequence[str], composition: Composition) -> list[str]:
+    """Plan the sweep, make room for the jobs that run anew, and return the command line with the sweep's folder in it.
+
+    Exits with 0 after saying what would run, where that is all that was asked for (`sweep.dry_run=true`).
+    """
+    from resnet_cifar import sweep_store  # late: it asks MLflow
+
+    sweep, settings = composition.sweep, composition.jobs[0][0]
+    if settings.sweep.dry_run and not sweep.job_folders:
+        raise ConfigError("sweep.dry_run=true: this hydra/sweeper makes its jobs up while it runs; leave dry_run out")
+    finished = {} if settings.sweep.rerun == "all" else sweep_store.finished_runs(settings, composition)
+    plan = _plan(argv, composition, finished)
+    if settings.sweep.dry_run:
+        print(dry_run(plan, sweep_store.estimate(settings, composition, [job.action for job in plan.jobs])))
+        sys.exit(0)
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _running.append(FileLock(sweep.folder / ".lock", thread_local=False).acquire(timeout=0))
+    except Timeout:
+        raise StorageError(f"This sweep is running already, in {sweep.folder}. Wait for it or stop it.") from None
+    kept = {job.folder for job in plan.jobs if job.action != RUN}
+    for folder in sorted(filter(_holds_a_run, sweep.folder.glob("*"))):
+        if str(folder) not in kept:
+            _set_aside(folder)
+    (sweep.folder / FAILED).unlink(missing_ok=True)
+    plan.save()
+    place = _end_of_settings(argv)
+    return [*argv[:place], f"hydra.sweep.dir='{sweep.folder}'", *argv[place:]]
+
+
+def _plan(argv: Sequence[str], composition: Composition, finished: dict[str, Path]) -> Plan:
+    jobs = []
+    for number, values in enumerate(varied([overrides for _, overrides in composition.jobs])):
+        if number == len(composition.sweep.job_folders):
+            break
+        cfg, folder = composition.jobs[number][0], composition.sweep.job_folders[number]
+        key = config_hash(cfg)
+        action = SKIP if key in finished else RESUME if _can_go_on(folder, cfg) else RUN
+        result = str(finished.get(key, folder))
+        jobs.append(Job(number, job_name(values, cfg.tracking.run_name), values, key, action, str(folder), result))
+    return Plan(composition.sweep.id, str(composition.sweep.folder), list(argv), jobs)
+
+
+def varied(jobs: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+    """For each job's overrides, those whose value is not the same in all jobs: key to value."""
+    values = [dict(override.lstrip("+").partition("=")[::2] for override in overrides) for overrides in jobs]
+    keys = [key for key in values[0] if len({job.get(key) for job in values}) > 1]
+    return [{key: job.get(key, "") for key in keys} for job in values]
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """The last part of each dotted key, or all of it where two keys end in the same."""
+    last = [key.rpartition(".")[2] for key in keys]
+    return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
+
+
+def job_name(values: dict[str, str], run_name: str | None) -> str:
+    """`div_factor=25 seed=1`: what the job varied, after `tracking.run_name` where that is given."""
+    names = short_names(list(values))
+    return " ".join([*([run_name] if run_name else []), *(f"{names[key]}={value}" for key, value in values.items())])
+
+
+def dry_run(plan: Plan, estimated: str) -> str:
+    """What `sweep.dry_run=true` prints."""
+    said = {RUN: "would run", RESUME: "stopped, would go on", SKIP: "finished, would be skipped"}
+    lines = [f"{job.number:>4}  {job.name or 'one job':<40}  {said[job.action]}" for job in plan.jobs]
+    running = sum(job.action != SKIP for job in plan.jobs)
+    return "\n".join([f"Sweep {plan.id}: {len(plan.jobs)} jobs, {running} to run, {estimated}", *lines])
+
+
+def current_job() -> Job | None:
+    """The plan of the running Hydra job; None outside a sweep, and where the sweeper makes its jobs up."""
+    settings = HydraConfig.get()
+    if settings.mode != RunMode.MULTIRUN:
+        return None
+    jobs = load_plan(Path(settings.sweep.dir)).jobs
+    return jobs[settings.job.num] if jobs else None
+
+
+def is_finished() -> bool:
+    """Whether the running Hydra job has nothing to do, which is said in a line."""
+    job = current_job()
+    if job is None or job.action != SKIP:
+        return False
+    log.info("%s is finished already: %s", job.name or "The job", job.result)
+    return True
+
+
+def tags() -> dict[str, str]:
+    """The tag that ties the run to its sweep, if it has one."""
+    settings = HydraConfig.get()
+    return {"sweep": load_plan(Path(settings.sweep.dir)).id} if settings.mode == RunMode.MULTIRUN else {}
+
+
+def record_failure(cfg: DictConfig, error: BaseException, message: str) -> None:
+    """Add the running job and why it failed to the sweep's list, a file since a launcher's jobs may be other processes.
+
+    One that failed before it was recorded, for want of its data say, becomes a FAILED run all the same.
+    """
     job = HydraConfig.get()
+    if status(Path(job.runtime.output_dir))[0] != "FAILED":
+        from resnet_cifar import experiment, recording
+
+        # The error comes back out, and so does that of a store that cannot be used: the list below has the job anyway.
+        with contextlib.suppress(BaseException), recording.recorded(*experiment.asked_for(cfg), {}):
+            raise error
     overrides = OmegaConf.to_container(job.overrides.task, resolve=False)
     with open(Path(job.sweep.dir) / FAILED, "a", encoding="utf-8") as failed:
         failed.write(f"{job.job.num} {' '.join(overrides)}: {' '.join(message.split())}\n")
 
 
-class ExitCode(Callback):
-    """Ends a sweep in which a job failed with exit code 1, after all the others have run."""
+class EndOfSweep(Callback):
+    """After all jobs: the leaderboard, and exit code 1 where one failed."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
-        failed = Path(config.hydra.sweep.dir) / FAILED
-        if failed.exists():
-            count = len(failed.read_text(encoding="utf-8").splitlines())
-            sys.stderr.write(f"{count} of the sweep's jobs failed: {failed}\n")
+        folder = Path(config.hydra.sweep.dir)
+        if load_plan(folder).jobs:
+            from resnet_cifar import sweep_summary  # late: torch and the figures
+
+            sweep_summary.publish(folder, config)
+        if (folder / FAILED).exists():
+            count = len((folder / FAILED).read_text(encoding="utf-8").splitlines())
+            sys.stderr.write(f"{count} of the sweep's jobs failed: {folder / FAILED}\n")
             raise SystemExit(1)
+
+
+def status(folder: Path) -> tuple[str, str]:
+    """FINISHED, FAILED or KILLED and the reason, from a run's folder; empty where the run has not come to an end."""
+    path = folder / STATUS
+    word, _, reason = path.read_text(encoding="utf-8").partition("\n") if path.exists() else ("", "", "")
+    return word, reason.strip()
+
+
+def _can_go_on(folder: Path, cfg: DictConfig) -> bool:
+    """Whether the folder holds this job, stopped on the way, and tracked where it would be tracked now."""
+    if status(folder)[0] in ("FINISHED", "FAILED") or cfg.sweep.rerun == "all":
+        return False
+    if not (folder / ".hydra" / "hydra.yaml").exists() or not (folder / "config.yaml").exists():
+        return False
+    before = OmegaConf.load(folder / "config.yaml")
+    return (before.tracking.uri, before.tracking.experiment) == (cfg.tracking.uri, cfg.tracking.experiment)
+
+
+def _holds_a_run(folder: Path) -> bool:
+    return (folder / "config.yaml").exists() and "_replaced" not in folder.name
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename the folder of a run that runs anew, so that nothing of it is lost."""
+    number = 1 + len(list(folder.parent.glob(f"{folder.name}_replaced_*")))
+    folder.rename(folder.with_name(f"{folder.name}_replaced_{number}"))
+
+
+def _end_of_settings(argv: Sequence[str]) -> int:
+    """Where settings end on the command line: Hydra wants them in one row."""
+    settings = [place for place, argument in enumerate(argv) if "=" in argument and not argument.startswith("-")]
+    return settings[-1] + 1 if settings else len(argv)

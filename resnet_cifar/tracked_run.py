@@ -3,11 +3,11 @@
 import functools
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resnet_cifar.delivery import Journal, Lane, reason
+from resnet_cifar.delivery import Journal, Lane, Record, reason
 from resnet_cifar.passwords import without_passwords
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ class Run(NoRun):
     def __init__(self, store: "Store", journal: Journal, run_id: str, experiment_id: str) -> None:
         self.run_id, self.experiment_id, self.url = run_id, experiment_id, store.url(experiment_id, run_id)
         self._store, self._journal, self._finished = store, journal, False
+        # Of the run before it was resumed, which repeats what came after its last checkpoint.
+        self._known = {point for record in journal.records if record["run"] == run_id for point in _places(record)}
         deliver = functools.partial(store.deliver, folder=journal.folder)
         # Files go their own way: a full artifact store or a long upload does not hold back metrics and status.
         self._records = Lane("tracking store", journal, deliver, in_order=True)
@@ -71,8 +73,8 @@ class Run(NoRun):
         self.log_series((key, value, step) for key, value in metrics.items())
 
     def log_series(self, points: Iterable[tuple[str, float, int]]) -> None:
-        """Many points `(key, value, step)` at once."""
-        plain = [[key, _plain(value), int(step)] for key, value, step in points]
+        """Many points `(key, value, step)` at once; one that an earlier process of this run has logged is left out."""
+        plain = [[key, _plain(value), int(step)] for key, value, step in points if (key, int(step)) not in self._known]
         for first in range(0, len(plain), POINTS_PER_RECORD):
             self._send(self._records, "metrics", points=plain[first : first + POINTS_PER_RECORD])
 
@@ -137,6 +139,10 @@ class Run(NoRun):
     def _send(self, lane: Lane, kind: str, **content: Any) -> None:
         if not self._finished:
             lane.put(self._journal.append(self.run_id, kind, **content))
+
+
+def _places(record: Record) -> Iterator[tuple[str, int]]:
+    return ((key, step) for key, _, step in record.get("points", ()))
 
 
 def _plain(value: float) -> float | str:

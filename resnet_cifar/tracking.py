@@ -6,6 +6,7 @@ Sending a record twice is harmless: points carry the journal's time, and MLflow 
 import functools
 import logging
 import os
+import shlex
 import shutil
 import sqlite3
 import warnings
@@ -183,14 +184,14 @@ class Store:
                 self.mark_killed(run)
                 log.warning(
                     "The process of run %s (%s) is gone; the run is KILLED now. Continue it: python run.py resume=%s",
-                    *(run.info.run_name, run.info.run_id, run.info.run_id),
+                    *(run.info.run_name, run.info.run_id, _resumable(run)),
                 )
 
     def mark_killed(self, run: "MlflowRun") -> None:
         """Ends a run whose process is gone as KILLED and says in its note how to continue it."""
         if run.info.status != "RUNNING":
             return
-        said = f"The process ended without a word. Continue it: `python run.py resume={run.info.run_id}`"
+        said = f"The process ended without a word. Continue it: `python run.py resume={_resumable(run)}`"
         self.client.set_tag(run.info.run_id, NOTE, f"{run.data.tags.get(NOTE, '')}\n\n{said}".strip())
         self.client.set_terminated(run.info.run_id, "KILLED")
 
@@ -275,6 +276,11 @@ class Store:
         # An exported graph stays on its device, and MLflow would ask for CUDA where there is one.
         description.flavors["python_function"]["config"]["device"] = "cpu"
         description.save(str(path / "MLmodel"))
+
+
+def _resumable(run: "MlflowRun") -> str:
+    # The folder: by its id only a run in the default outputs folder is found.
+    return shlex.quote(run.data.tags.get("process.folder", run.info.run_id))
 
 
 def _import_mlflow() -> ModuleType:

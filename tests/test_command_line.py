@@ -257,7 +257,8 @@ def test_help_is_a_documentation(command):
     assert len(re.findall(r"^python run.py", out, flags=re.MULTILINE)) == 5
     for path in (compose.CONF / "experiment").glob("*.yaml"):
         purpose = path.read_text().splitlines()[1].lstrip("# ")
-        assert f"{path.stem:<14}{purpose}" in out
+        assert f"{path.stem} {purpose}" in " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= 80
     for group in ("model", "data", "augmentation", "optimizer", "scheduler", "tracking", "experiment"):
         options = sorted(path.stem for path in (compose.CONF / group).glob("*.yaml"))
         assert f"{group}: {', '.join(options)}" in out
@@ -265,7 +266,7 @@ def test_help_is_a_documentation(command):
 
 def test_the_keys_in_the_help_exist(command):
     _, out, _ = command("--help")
-    [(cfg, _)] = compose.compose(compose.parse_arguments([]))
+    [(cfg, _)] = compose.compose(compose.parse_arguments([])).jobs
     main_keys = re.findall(r"^  ([\w.]+)", out.partition("Main keys")[2], flags=re.MULTILINE)
     assert len(main_keys) > 10
     for key in main_keys:
@@ -311,7 +312,7 @@ def test_run_py_and_the_module_are_the_same_command():
 
 def test_the_default_output_folder_is_the_checkouts_whatever_the_working_directory(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    [(cfg, _)] = compose.compose(compose.parse_arguments([]))
+    [(cfg, _)] = compose.compose(compose.parse_arguments([])).jobs
     assert cfg.output_dir == str(ROOT / "outputs")
 
 

@@ -11,7 +11,7 @@ GROUPS = sorted(path for path in CONF.rglob("*.yaml") if path.parent not in (CON
 
 
 def composed(*overrides):
-    [(cfg, _)] = compose(parse_arguments(overrides))
+    [(cfg, _)] = compose(parse_arguments(overrides)).jobs
     return cfg
 
 

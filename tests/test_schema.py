@@ -8,7 +8,7 @@ from resnet_cifar.errors import ConfigError
 
 
 def check(*overrides):
-    for cfg, given in compose(parse_arguments(overrides)):
+    for cfg, given in compose(parse_arguments(overrides)).jobs:
         schema.check(cfg, given)
 
 

@@ -1,0 +1,43 @@
+"""What makes two runs the same: the resolved configuration, as far as it can change a result, and the package's source."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+# Where a run lies, where it is recorded and where its images are found tell nothing about its result.
+ELSEWHERE = ("tracking", "sweep", "hydra", "output_dir", "resume", "data.root")
+
+
+@functools.cache
+def source_hash() -> str:
+    """A hash of the package's Python files, names and contents."""
+    package, digest = Path(__file__).resolve().parent, hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def config_hash(cfg: DictConfig) -> str:
+    """A hash of every resolved value that can change a result."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    for key in ELSEWHERE:
+        container.pop(key, None)
+    for holder in (container.get("data", {}), container.get("data", {}).get("dataset", {})):
+        holder.pop("root", None)
+    return _hash(container)
+
+
+def sweep_id(overrides: Sequence[str], config_hashes: Sequence[str]) -> str:
+    """The name of a sweep: the same for the same overrides, jobs and source, wherever it writes and is recorded."""
+    # hydra.* is not in Hydra's list of a task's overrides.
+    told = [override for override in overrides if not override.lstrip("+~").startswith(ELSEWHERE)]
+    return _hash([told, list(config_hashes), source_hash()])[:10]
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,181 @@
+"""The table that answers a sweep's question: a row per job, seeds of one point reduced to mean, deviation and count."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from resnet_cifar.report import append_csv, read_csv
+from resnet_cifar.sweep import Plan, short_names, status
+
+SEED = "seed"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a job; accuracy in %, loss as mean per image, seconds of training and evaluation, all of the last epoch."""
+
+    name: str
+    values: dict[str, str]
+    folder: Path
+    status: str
+    error: str
+    evaluated_on: str
+    accuracy: float | None
+    loss: float | None
+    test_accuracy: float | None
+    seconds: float | None
+    history: list[dict[str, float]]
+
+
+def results(plan: Plan) -> list[Result]:
+    """The result of every job of a sweep, read from its folder."""
+    return [_result(job.name, job.values, Path(job.result)) for job in plan.jobs]
+
+
+def _result(name: str, values: dict[str, str], folder: Path) -> Result:
+    word, error = status(folder)
+    history = read_csv(folder / "history.csv") if (folder / "history.csv").exists() else []
+    # A copy from the store has no status: only what is FINISHED is taken from there.
+    word = word or ("UNFINISHED" if (folder / ".hydra").exists() or not history else "FINISHED")
+    done = bool(history) and word == "FINISHED"
+    config = OmegaConf.load(folder / "config.yaml") if (folder / "config.yaml").exists() else None
+    return Result(
+        name=name,
+        values=values,
+        folder=folder,
+        status=word,
+        error=" ".join(error.split()) if word != "FINISHED" else "",
+        evaluated_on="val" if config is not None and config.data.val_size else "test",
+        accuracy=history[-1]["eval_accuracy"] if done else None,
+        loss=history[-1]["eval_loss"] if done else None,
+        test_accuracy=_test_accuracy(folder) if done else None,
+        seconds=sum(row["epoch_seconds"] for row in history) if done else None,
+        history=history,
+    )
+
+
+def _test_accuracy(folder: Path) -> float | None:
+    if not (folder / "predictions.csv").exists():
+        return None
+    with (folder / "predictions.csv").open(newline="") as file:
+        correct = [row["label"] == row["prediction"] for row in csv.DictReader(file)]
+    return 100 * mean(correct)
+
+
+def ranked_by(found: Sequence[Result]) -> str:
+    """`val/accuracy` where every finished job has one, else `test/accuracy`."""
+    finished = [result for result in found if result.accuracy is not None]
+    held_out = finished and all(result.evaluated_on == "val" for result in finished)
+    return "val/accuracy" if held_out else "test/accuracy"
+
+
+def score(result: Result, metric: str) -> float | None:
+    """The accuracy (%) that `metric` names."""
+    return result.test_accuracy if metric == "test/accuracy" and result.evaluated_on == "val" else result.accuracy
+
+
+def points(found: Sequence[Result]) -> list[list[Result]]:
+    """The results that differ in nothing but the seed, together; in the order of the sweep."""
+    groups: dict[tuple, list[Result]] = {}
+    for result in found:
+        groups.setdefault(tuple((key, value) for key, value in result.values.items() if key != SEED), []).append(result)
+    return list(groups.values())
+
+
+def table(found: Sequence[Result]) -> list[dict[str, Any]]:
+    """The leaderboard, best first: the varied values, the accuracy ranked by, and where seeds varied its deviation and count.
+
+    The deviation is the sample's, n - 1; an accuracy is a mean over the FINISHED runs of the point.
+    """
+    metric, loss = ranked_by(found), ranked_by(found).replace("accuracy", "loss")
+    seeds = any(SEED in result.values for result in found)
+    rows = []
+    for group in points(found):
+        scores = [value for value in (score(result, metric) for result in group) if value is not None]
+        losses = [result.loss for result in group if result.loss is not None and metric.startswith(result.evaluated_on)]
+        seconds = [result.seconds for result in group if result.seconds is not None]
+        words = [result.status for result in group]
+        row: dict[str, Any] = {key: value for key, value in group[0].values.items() if key != SEED}
+        row[metric] = round(mean(scores), 4) if scores else None
+        if seeds:
+            row["deviation"] = round(stdev(scores), 4) if len(scores) > 1 else None
+            row["runs"] = len(scores)
+        row[loss] = round(mean(losses), 6) if losses else None
+        row["seconds"] = round(mean(seconds), 1) if seconds else None
+        row["status"] = (
+            words[0]
+            if len(group) == 1
+            else ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(sorted(words, reverse=True)))
+        )
+        row["error"] = "; ".join(dict.fromkeys(result.error for result in group if result.error))
+        rows.append(row)
+    return sorted(rows, key=lambda row: -1 if row[metric] is None else row[metric], reverse=True)
+
+
+def rows_of_runs(found: Sequence[Result]) -> list[dict[str, Any]]:
+    """A row for every job, in the order of the sweep, with what `table` reduces."""
+    metric = ranked_by(found)
+    return [
+        {
+            **result.values,
+            metric: score(result, metric),
+            "last_epoch_loss": result.loss,
+            "test/accuracy": result.test_accuracy,
+            "seconds": result.seconds,
+            "status": result.status,
+            "error": result.error,
+            "folder": result.folder,
+        }
+        for result in found
+    ]
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """The rows as CSV, in the place of what was there."""
+    path.unlink(missing_ok=True)
+    append_csv(path, rows)
+
+
+def text(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows for a terminal, in aligned columns; errors, which are long, cut short."""
+    cells = _cells(rows, error_length=60)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    )
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    head, *body = _cells(rows, error_length=300)
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _cells(rows: Sequence[dict[str, Any]], error_length: int) -> list[list[str]]:
+    keys = [key for key in rows[0] if key not in ("error", "deviation", "runs") or any(row[key] for row in rows)]
+    names = {**short_names(keys), "seconds": "time"}
+    # The metrics keep their names: what is ranked by must be said.
+    head = [key if key.endswith(("/accuracy", "/loss")) else names[key] for key in keys]
+    return [head, *([_cell(key, row[key], error_length) for key in keys] for row in rows)]
+
+
+def _cell(key: str, value: Any, error_length: int) -> str:
+    if value is None or value == "":
+        return "-"
+    if key == "seconds":
+        return f"{int(value // 60)}:{value % 60:04.1f}"
+    if key.endswith("/accuracy"):
+        return f"{value:.2f}%"
+    if key == "deviation":
+        return f"± {value:.2f}"
+    if key.endswith("/loss"):
+        return f"{value:.4f}"
+    if key == "error" and len(value) > error_length:
+        return f"{value[: error_length - 1]}…"
+    return str(value)

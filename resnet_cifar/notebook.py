@@ -1,0 +1,31 @@
+"""A run from a notebook, composed, checked, recorded and logged as on the command line."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from resnet_cifar import schema
+from resnet_cifar.compose import compose, parse_arguments, start_job
+from resnet_cifar.experiment import asked_for
+from resnet_cifar.recording import Invocation
+
+
+def begin(*overrides: str) -> tuple[DictConfig, Invocation]:
+    """What `run.py` with these overrides would run, in a new run folder: for `experiment.train_in_stages`.
+
+    Raises ConfigError for what cannot be run, before anything is written.
+    """
+    for cfg, given in compose(parse_arguments(overrides)).jobs:
+        schema.check(cfg, given)
+    return start_job(overrides, asked_for)
+
+
+def show(folder: Path, *patterns: str) -> None:
+    """Display a run's figures of these names (`grad_cam_*` is several), or say that the run has none."""
+    from IPython.display import Image, display
+
+    for pattern in patterns:
+        paths = sorted((folder / "figures").glob(f"{pattern}.png"))
+        if not paths:
+            print(f"This run has no figure {pattern}.")
+        display(*(Image(path, width=900) for path in paths))

@@ -1,0 +1,117 @@
+"""The figures of a sweep: results in, `matplotlib.figure.Figure` out, in the style of a run's own (figures.py)."""
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from resnet_cifar.figures import EVAL, HEAT_MAP_COLOURS, INK, MARK, MUTED, STYLE
+
+LINES = ("#1d4ed8", "#b91c1c", "#047857", "#b45309", "#7c3aed", "#0e7490", "#be185d", "#4d7c0f", "#475569", "#92400e")
+LEGEND_LINES = 12
+
+
+@matplotlib.rc_context(STYLE)
+def accuracy_against(
+    key: str, values: Sequence[str], accuracies: Sequence[float], others: Sequence[str], metric: str
+) -> Figure:
+    """Accuracy (%) of every run over the value of `key` it had, and their mean at each value.
+
+    `others` says for each run what else it varied, seeds aside; runs that share it are joined by a line of their own.
+    """
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    ticks = sorted(set(values), key=_in_order)
+    series = list(dict.fromkeys(others))
+    for number, other in enumerate(series):
+        colour = LINES[number % len(LINES)] if len(series) > 1 else EVAL
+        mine = [(ticks.index(v), a) for v, a, o in zip(values, accuracies, others, strict=True) if o == other]
+        places = sorted({place for place, _ in mine})
+        means = [mean(accuracy for place, accuracy in mine if place == at) for at in places]
+        # Beside each other, not over each other, where two series have the same value.
+        shift = 0.04 * (number - (len(series) - 1) / 2)
+        axes.plot([at + shift for at in places], means, color=colour, linewidth=1.4, label=other or "mean")
+        axes.plot([at + shift for at, _ in mine], [a for _, a in mine], "o", color=colour, markersize=6, alpha=0.6)
+    axes.set_xticks(range(len(ticks)), ticks)
+    axes.set_xlim(-0.5, len(ticks) - 0.5)
+    axes.set_xlabel(key)
+    axes.set_ylabel(f"final {metric} (%)")
+    axes.set_title("Final accuracy: a point per run, lines through the means")
+    if len(series) > 1:
+        axes.legend(loc="best", fontsize=9, ncols=1 + len(series) // 7)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def learning_curves(runs: Sequence[tuple[str, Sequence[float]]], metric: str) -> Figure:
+    """Accuracy (%) by epoch of every run; runs of the same name (seeds of one point) share colour and legend.
+
+    Names come best first, and in that order into the legend, which ends after twelve.
+    """
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
+    axes = figure.subplots()
+    names = list(dict.fromkeys(name for name, _ in runs))
+    for name, accuracies in reversed(runs):  # the best on top
+        place = names.index(name)
+        colour = LINES[place] if place < len(LINES) else "#cbd5e1"
+        epochs = range(1, len(accuracies) + 1)
+        axes.plot(epochs, accuracies, "o-" if len(accuracies) < 4 else "-", color=colour, linewidth=1.4, alpha=0.85)
+    for place, name in enumerate(names[:LEGEND_LINES]):
+        axes.plot([], [], color=LINES[place] if place < len(LINES) else "#cbd5e1", label=name or "all runs")
+    if len(names) > LEGEND_LINES:
+        axes.plot([], [], " ", label=f"and {len(names) - LEGEND_LINES} more")
+    longest = max(len(accuracies) for _, accuracies in runs)
+    axes.set_xlim(0.5, longest + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(f"{metric} (%)")
+    axes.set_title(f"{metric} of all {len(runs)} runs, the best first in the legend")
+    figure.legend(loc="outside right upper", fontsize=9)
+    return figure
+
+
+@matplotlib.rc_context(STYLE | {"axes.grid": False})
+def grad_cam_grid(
+    images: np.ndarray, labels: Sequence[str], runs: Sequence[Mapping[str, object]], layer: str
+) -> Figure:
+    """The same images in every run: a row per image, (N, H, W, 3) uint8, a column per run.
+
+    A run has its `name`, `heat_maps` (N, H, W) in 0..1 against the true class, and its `predictions`, class names.
+    """
+    rows, columns = len(images), 1 + len(runs)
+    figure = Figure(figsize=(9, 0.9 + rows * (9 / max(columns, 6) + 0.22)), layout="constrained")
+    figure.suptitle(f"Grad-CAM against the true class, {layer}: the same images in every run", x=0.01, ha="left")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for row, (image, label) in enumerate(zip(images / 255, labels, strict=True)):
+        panels[row, 0].imshow(image)
+        panels[row, 0].set_title(f"true: {label}", fontsize=8, loc="center", color=INK)
+        for column, run in enumerate(runs, start=1):
+            heat_map, prediction = run["heat_maps"][row], run["predictions"][row]
+            panels[row, column].imshow(_overlay(image, heat_map))
+            colour = MUTED if prediction == label else MARK
+            panels[row, column].set_title(prediction, fontsize=8, loc="center", color=colour)
+    for column, run in enumerate([{"name": "image"}, *runs]):
+        name = str(run["name"]).replace(" ", "\n")
+        panels[0, column].annotate(
+            name, (0.5, 1.24), xycoords="axes fraction", ha="center", va="bottom", fontsize=9, fontweight="bold"
+        )
+    for axes in panels.flat:
+        axes.set_axis_off()
+    return figure
+
+
+def _overlay(image: np.ndarray, heat_map: np.ndarray) -> np.ndarray:
+    """The image under its heat map; dark and grey where nothing speaks for the class, as in a run's own figures."""
+    if not heat_map.any():
+        return np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2) / 3
+    return (image + matplotlib.colormaps[HEAT_MAP_COLOURS](heat_map)[..., :3]) / 2
+
+
+def _in_order(value: str) -> tuple[bool, float, str]:
+    try:
+        return False, float(value), ""
+    except ValueError:
+        return True, 0.0, value

@@ -1,0 +1,170 @@
+"""What a sweep asks the tracking store, and what it leaves there: finished runs, their durations, the summary run."""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING
+from urllib.parse import quote, urlsplit
+
+from omegaconf import DictConfig, OmegaConf
+
+from resnet_cifar import recording, tracking
+from resnet_cifar.artifact_files import local_folder
+from resnet_cifar.compose import Composition
+from resnet_cifar.errors import StorageError
+from resnet_cifar.fingerprint import config_hash, source_hash
+from resnet_cifar.store_errors import user_errors
+from resnet_cifar.sweep import SKIP, status
+from resnet_cifar.sync import sync_all
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run as MlflowRun
+
+SUMMARY_TASK = "sweep"  # the tag `task` of a summary run
+# What a run's duration depends on, beside its number of epochs, among the parameters that every run has.
+SIZE = ("data", "data.train_size", "data.batch_size", "model.width")
+RUNS_FOR_ESTIMATE = 5
+COPIES = "elsewhere"  # in a sweep's folder: files of runs that another machine has
+
+log = logging.getLogger(__name__)
+
+
+def finished_runs(settings: DictConfig, composition: Composition) -> dict[str, Path]:
+    """The jobs' configuration hashes that a FINISHED run of the same source has, each with the folder of its files.
+
+    The tracking store knows, which is created here if need be, once, before jobs run in parallel; without tracking
+    the sweep's own folder does. Raises StorageError when the store cannot be used.
+    """
+    hashes = [config_hash(cfg) for cfg, _ in composition.jobs]
+    if settings.tracking.uri is None:
+        folders = dict(zip(hashes, composition.sweep.job_folders, strict=False))
+        return {key: folder for key, folder in folders.items() if status(folder)[0] == "FINISHED"}
+    if composition.sweep.folder.exists() and not settings.sweep.dry_run:
+        try:
+            sync_all(composition.sweep.folder)
+        except StorageError as error:
+            log.warning("%s", error)
+    found = {}
+    for run in _runs(settings, f"attributes.status = 'FINISHED' AND tags.source_hash = '{source_hash()}'"):
+        key = run.data.tags.get("config_hash")
+        if key in hashes and key not in found:
+            found[key] = _files(run, settings, composition.sweep.folder)
+    return found
+
+
+def _runs(settings: DictConfig, matching: str) -> Iterator["MlflowRun"]:
+    """The experiment's runs that match, newest first; a dry run does not create a store or experiment for it."""
+    uri, name, artifacts = settings.tracking.uri, settings.tracking.experiment, settings.tracking.artifacts
+    try:
+        store = tracking.Store(uri, create=not settings.sweep.dry_run)
+    except StorageError:
+        return
+    with user_errors(uri):
+        with store.creation_lock():
+            if settings.sweep.dry_run:
+                known = store.client.get_experiment_by_name(name)
+                experiment_id = known and known.experiment_id
+            else:
+                experiment_id = store.experiment_id(name, artifacts)
+                store.mark_dead_runs(experiment_id)
+        token = "" if experiment_id else None
+        while token is not None:
+            page = store.client.search_runs([experiment_id], matching, page_token=token or None)
+            yield from page
+            token = page.token or None
+
+
+def _files(run: "MlflowRun", settings: DictConfig, sweep_folder: Path) -> Path:
+    """The folder with a run's files: its own, the store's, or for a run of another machine a copy from the store."""
+    own = Path(run.data.tags.get("process.folder", "/nowhere"))
+    kept = local_folder(run.info.artifact_uri)
+    for folder in (own, kept):
+        if folder is not None and (folder / "history.csv").exists():
+            return folder
+    copy = sweep_folder / COPIES / run.info.run_id
+    if not copy.exists() and not settings.sweep.dry_run:
+        copy.mkdir(parents=True)
+        store = tracking.Store(settings.tracking.uri)
+        for name in ("history.csv", "config.yaml", "predictions.csv", "checkpoints"):
+            try:
+                store.client.download_artifacts(run.info.run_id, name, str(copy))
+            except Exception as error:  # a run that has no such file; the table then has a gap
+                log.debug("%s of run %s: %s", name, run.info.run_id, error)
+    return copy
+
+
+def estimate(settings: DictConfig, composition: Composition, actions: Sequence[str]) -> str:
+    """How long the jobs that are to run will take, from FINISHED runs of the same size."""
+    if settings.tracking.uri is None:
+        return "tracking=none: no earlier runs to estimate the time from"
+    earlier = list(_runs(settings, "attributes.status = 'FINISHED' AND tags.task = 'train'"))
+    seconds, guessed = 0.0, 0
+    for (cfg, _), action in zip(composition.jobs, actions, strict=True):
+        if action == SKIP:
+            continue
+        alike = [run for run in earlier if _size(run) == _planned_size(cfg)][:RUNS_FOR_ESTIMATE]
+        if not alike:
+            return "no earlier runs of this size to estimate the time from"
+        per_epoch = mean(
+            (run.info.end_time - run.info.start_time) / 1000 / int(run.data.params["trainer.epochs"]) for run in alike
+        )
+        seconds, guessed = seconds + per_epoch * cfg.trainer.epochs, guessed + 1
+    if not guessed:
+        return "nothing to do"
+    return f"about {_duration(seconds)} one after the other, as earlier runs of this size took"
+
+
+def _size(run: "MlflowRun") -> list[str | None]:
+    return [run.data.params.get(key) for key in SIZE]
+
+
+def _planned_size(cfg: DictConfig) -> list[str | None]:
+    choice = {"torchvision.datasets.CIFAR10": "cifar10", "resnet_cifar.data.Digits": "digits"}
+    values = [choice.get(cfg.data.dataset._target_), *(OmegaConf.select(cfg, key) for key in SIZE[1:])]
+    return [None if value is None else str(value) for value in values]
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def run_id(folder: Path) -> str | None:
+    """The MLflow run whose files are in `folder`: a run's own, the store's or a copy; None without tracking."""
+    if folder.name == "artifacts":
+        return folder.parent.name
+    return folder.name if folder.parent.name == COPIES else recording.run_id(folder)
+
+
+def log_summary(cfg: DictConfig, sweep_id: str, name: str, note: str, folder: Path) -> str:
+    """The sweep's summary as one run, the same one again when the sweep goes on; returns its experiment's id."""
+    matching = f"tags.task = '{SUMMARY_TASK}' AND tags.sweep = '{sweep_id}'"
+    known = next(_runs(cfg, matching), None)
+    summary = tracking.start(
+        **{key: cfg.tracking[key] for key in ("uri", "artifacts", "experiment")},
+        run_name=name,
+        folder=folder,
+        params={},
+        tags={"task": SUMMARY_TASK, "sweep": sweep_id, "source_hash": source_hash()},
+        run_id=known.info.run_id if known else None,
+    )
+    for path in sorted([*folder.glob("*.csv"), *folder.glob("*.md"), *folder.glob("figures/*.png")]):
+        summary.log_file(path, "figures" if path.suffix == ".png" else None)
+    summary.finish("FINISHED", note)
+    return summary.experiment_id
+
+
+def compare_page(uri: str, experiment_id: str, run_ids: Sequence[str]) -> list[str]:
+    """Lines that lead to MLflow's compare page on exactly these runs: a link, after the command that serves a database."""
+    runs, experiments = (quote(json.dumps(ids, separators=(",", ":"))) for ids in (list(run_ids), [experiment_id]))
+    page = f"#/compare-runs?runs={runs}&experiments={experiments}&workflowType=machine_learning"
+    if urlsplit(uri).scheme in ("http", "https"):
+        return [f"{uri.rstrip('/')}/{page}"]
+    return [f"mlflow ui --backend-store-uri {uri} --port 5000", f"http://127.0.0.1:5000/{page}"]

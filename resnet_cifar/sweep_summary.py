@@ -1,0 +1,125 @@
+"""The end of a sweep: its leaderboard on the terminal, in files, with figures, and as one summary run in MLflow."""
+
+import csv
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+
+from resnet_cifar import checkpoint, explain, leaderboard, parts, sweep_figures, sweep_store
+from resnet_cifar.delivery import reason
+from resnet_cifar.evaluation import restore_parts
+from resnet_cifar.leaderboard import SEED, Result, score
+from resnet_cifar.progress import shown
+from resnet_cifar.report import save_figure
+from resnet_cifar.sweep import Plan, job_name, load_plan
+
+GRID_IMAGES, GRID_RUNS = 6, 7
+
+log = logging.getLogger(__name__)
+
+
+def publish(folder: Path, settings: DictConfig) -> None:
+    """Print, write, draw and log what the sweep in `folder` found; a figure or a store that fails is a warning."""
+    plan = load_plan(folder)
+    found = leaderboard.results(plan)
+    rows, metric = leaderboard.table(found), leaderboard.ranked_by(found)
+    heading = f"Sweep {plan.id}: {len(found)} jobs, ranked by {metric}"
+    note = f"### {heading}\n\n{leaderboard.markdown(rows)}\n\n`python run.py {' '.join(plan.command)}`\n"
+    leaderboard.write_csv(folder / "leaderboard.csv", rows)
+    leaderboard.write_csv(folder / "runs.csv", leaderboard.rows_of_runs(found))
+    (folder / "leaderboard.md").write_text(note, encoding="utf-8")
+    draw(folder, found, metric)
+    print(
+        f"\n{heading}\n\n{leaderboard.text(rows)}\n\nfolder   {shown(folder)}: leaderboard.csv, leaderboard.md, figures/"
+    )
+    if settings.tracking.uri is not None:
+        _log(plan, folder, settings, note, found)
+
+
+def _log(plan: Plan, folder: Path, settings: DictConfig, note: str, found: Sequence[Result]) -> None:
+    name = f"sweep {' '.join(key for key in found[0].values)} ({plan.id})"
+    try:
+        experiment_id = sweep_store.log_summary(settings, plan.id, name, note, folder)
+    except Exception as error:
+        log.warning("The sweep's summary is not in MLflow (%s); give the command again.", reason(error))
+        return
+    run_ids = [run_id for result in found if (run_id := sweep_store.run_id(result.folder))]
+    lines = sweep_store.compare_page(settings.tracking.uri, experiment_id, run_ids)
+    print("compare ", "\n         ".join(lines))
+
+
+def draw(folder: Path, found: Sequence[Result], metric: str) -> None:
+    """The figures over all finished runs; a sweep without any has none."""
+    finished = sorted(
+        (result for result in found if score(result, metric) is not None),
+        key=lambda result: score(result, metric),
+        reverse=True,
+    )
+    if not finished:
+        return
+    for key in [key for key in finished[0].values if key != SEED]:
+        save_figure(
+            folder, f"accuracy_against_{key.rpartition('.')[2]}", lambda key=key: _against(key, finished, metric)
+        )
+    save_figure(folder, "learning_curves", lambda: _curves(finished))
+    save_figure(folder, "grad_cam", lambda: _grid(finished))
+
+
+def _point(result: Result, without: str = "") -> str:
+    """What a run varied beside its seed and `without`."""
+    return job_name({key: value for key, value in result.values.items() if key not in (SEED, without)}, None)
+
+
+def _against(key: str, finished: Sequence[Result], metric: str) -> Figure:
+    scores = [score(result, metric) for result in finished]
+    others = [_point(result, without=key) for result in finished]
+    return sweep_figures.accuracy_against(key, [result.values[key] for result in finished], scores, others, metric)
+
+
+def _curves(finished: Sequence[Result]) -> Figure:
+    runs = [(_point(result), [row["eval_accuracy"] for row in result.history]) for result in finished]
+    on = {result.evaluated_on for result in finished}
+    return sweep_figures.learning_curves(runs, f"{on.pop() if len(on) == 1 else 'val or test'}/accuracy")
+
+
+def _grid(finished: Sequence[Result]) -> Figure:
+    """The best run's most confident mistakes, as the best run of each point sees them."""
+    best_of_points = list({_point(result): result for result in reversed(finished)}.values())[::-1]
+    restored = [(result, *_restore(result.folder)) for result in best_of_points[:GRID_RUNS]]
+    cfg = restored[0][1]
+    test_images = parts.load_split(cfg.data, train=False)
+    chosen = test_images[_mistakes(finished[0].folder)]
+    classes, runs = chosen.classes, []
+    for result, run_cfg, run_built in restored:
+        # Other images or classes would be another question.
+        if run_built.classes != classes or run_cfg.data.dataset != cfg.data.dataset:
+            continue
+        inputs = run_built.augment.normalise(chosen.images.to(run_built.device))
+        layer = next(iter(run_cfg.explain.layers.values()))
+        heat_maps, _ = explain.grad_cam(run_built.network, inputs, chosen.labels, layer)
+        with torch.no_grad():
+            predictions = [classes[place] for place in run_built.network.eval()(inputs).argmax(1).tolist()]
+        runs.append({"name": _point(result), "heat_maps": heat_maps, "predictions": predictions})
+    shown_images = chosen.images.permute(0, 2, 3, 1).numpy()
+    labels = [classes[label] for label in chosen.labels.tolist()]
+    return sweep_figures.grad_cam_grid(shown_images, labels, runs, next(iter(cfg.explain.layers)))
+
+
+def _restore(folder: Path) -> tuple[DictConfig, Any]:
+    cfg = OmegaConf.load(folder / "config.yaml")
+    return cfg, restore_parts(cfg, checkpoint.load(folder))
+
+
+def _mistakes(folder: Path) -> torch.Tensor:
+    """Indices of the most confident mistakes in `predictions.csv`, or of the least confident images where there are none."""
+    with (folder / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    wrong = [row for row in rows if row["label"] != row["prediction"]]
+    ordered = sorted(wrong or rows, key=lambda row: float(row["confidence"]), reverse=bool(wrong))
+    return torch.from_numpy(np.array([int(row["index"]) for row in ordered[:GRID_IMAGES]]))

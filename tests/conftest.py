@@ -1,0 +1,34 @@
+"""Shared by the tests: one torch thread, a database with MLflow's tables, and commands in processes of their own."""
+
+import shutil
+
+import pytest
+import torch
+from processes import Commands
+
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory):
+    """An MLflow database without runs; making one takes seconds, copying it nothing."""
+    from resnet_cifar import tracking
+
+    database = tmp_path_factory.mktemp("database") / "mlflow.db"
+    tracking.Store(f"sqlite:///{database}").client.search_experiments()
+    return database
+
+
+@pytest.fixture
+def outputs(empty_database, tmp_path):
+    """A folder for `output_dir`, its database made already."""
+    folder = tmp_path / "outputs"
+    folder.mkdir()
+    shutil.copy(empty_database, folder / "mlflow.db")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def commands():
+    """`python run.py` in processes of their own, forked from one that has imported everything."""
+    return Commands()

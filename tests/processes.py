@@ -1,0 +1,216 @@
+"""Commands in processes of their own, for real signals and real deaths.
+
+They are forked from a server that has imported everything already: starting Python, torch and MLflow takes ten seconds.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+PRELOADED = [
+    *("resnet_cifar.__main__", "resnet_cifar.experiment", "mlflow.pytorch", "mlflow.store.tracking.sqlalchemy_store"),
+    *("torch.export", "torch_lr_finder", "torchinfo", "pytorch_grad_cam", "matplotlib.backends.backend_agg"),
+    *("sklearn.datasets", "sklearn.model_selection", "scipy.stats"),
+]
+# Two epochs of eight steps on digits: seconds, with everything a run does.
+TINY = (
+    *("data=digits", "data.train_size=120", "data.test_size=40", "data.batch_size=16", "model.width=0.125"),
+    *("trainer.epochs=2", "trainer.precision=fp32", "lr_finder.num_iter=4", "explain.num_images=2"),
+)
+STEPS = 8
+
+
+@dataclass
+class Command:
+    """A started command: its process, and the file that holds what it prints."""
+
+    process: BaseProcess
+    printed: Path
+
+    def ends(self) -> int:
+        """The exit code, minus the signal where one killed it."""
+        self.process.join(120)
+        assert self.process.exitcode is not None, f"still running: {self.output}"
+        return self.process.exitcode
+
+    @property
+    def output(self) -> str:
+        """Standard output and error together."""
+        return self.printed.read_text()
+
+
+class Commands:
+    """Calling it with the arguments of `python run.py` starts that command."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOADED)
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [before])])
+        forkserver.ensure_running()
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+        self._count = 0
+
+    def __call__(
+        self,
+        *arguments: str,
+        printed: Path,
+        fault: Callable[..., None] | None = None,
+        fault_arguments: tuple = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> Command:
+        """Start `run.py` with these arguments after `fault`, a function of this module, has prepared its process."""
+        details = (arguments, str(printed), fault, fault_arguments, dict(environment or {}))
+        printed.touch()
+        process = self._context.Process(target=_run, args=details, daemon=True)  # none outlives the tests
+        process.start()
+        return Command(process, printed)
+
+
+def _run(arguments, printed, fault, fault_arguments, environment):
+    os.chdir(REPOSITORY)
+    descriptor = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    os.environ.update(environment)
+    import torch
+
+    from resnet_cifar import __main__
+
+    torch.set_num_threads(1)
+    if fault:
+        fault(*fault_arguments)
+    sys.argv = ["run.py", *arguments]
+    __main__.main()
+
+
+# Faults: each waits inside the process for its moment, so that a test does not depend on how fast the machine is.
+
+
+def after_steps(count: int, act: Callable[..., None], *arguments: object) -> None:
+    """Call `act` when this process has done `count` optimizer steps."""
+    from resnet_cifar import experiment
+
+    show, seen = experiment.ProgressDisplay.step, []
+
+    def step(self, record, progress):
+        show(self, record, progress)
+        seen.append(record.step)
+        if len(seen) == count:
+            act(*arguments)
+
+    experiment.ProgressDisplay.step = step
+
+
+def signals(*numbers: int) -> None:
+    """Send this process signals, one after the other."""
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+def killed_before_the_checkpoint(count: int) -> None:
+    """Die by SIGKILL when the `count`-th checkpoint is to be written: what it would have held is recorded already."""
+    from resnet_cifar import checkpoint
+
+    save, calls = checkpoint.save, []
+
+    def die_at(state, folder):
+        calls.append(folder)
+        if len(calls) == count:
+            signals(signal.SIGKILL)
+        return save(state, folder)
+
+    checkpoint.save = die_at
+
+
+def waits_after_steps(count: int, released: str) -> None:
+    """Stand still after `count` steps until the file `released` is there."""
+    import time
+
+    def wait():
+        while not Path(released).exists():
+            time.sleep(0.02)
+
+    after_steps(count, wait)
+
+
+def full_disk_for_checkpoint(count: int) -> None:
+    """From the `count`-th checkpoint on, temporary files of checkpoints lie on /dev/full: every write is a real ENOSPC."""
+    from resnet_cifar import checkpoint
+
+    save, open_file, calls = checkpoint.save, Path.open, []
+
+    def counted(state, folder):
+        calls.append(folder)
+        return save(state, folder)
+
+    def on_a_full_disk(path, *arguments, **keywords):
+        full = len(calls) >= count and path.name == ".last.pt.tmp"
+        return open_file(Path("/dev/full") if full else path, *arguments, **keywords)
+
+    checkpoint.save, Path.open = counted, on_a_full_disk
+
+
+def some_seeds_fail() -> None:
+    """From now on a job with seed=1 raises and one with seed=2 calls sys.exit(7), where its model is built."""
+    import torch
+
+    set_seed = torch.manual_seed
+
+    def manual_seed(seed):
+        if seed == 1:
+            raise RuntimeError("cosmic ray")
+        if seed == 2:
+            sys.exit(7)
+        return set_seed(seed)
+
+    torch.manual_seed = manual_seed
+
+
+def _fails(*_: object, **__: object) -> None:
+    raise RuntimeError("drawn badly")
+
+
+def no_figures() -> None:
+    """Every figure of curves fails."""
+    from resnet_cifar import figures
+
+    figures.loss_and_accuracy = figures.lr_history = figures.confusion_matrix = _fails
+
+
+def no_grad_cam() -> None:
+    """Grad-CAM fails."""
+    from resnet_cifar import explain
+
+    explain.grad_cam = _fails
+
+
+failing_figures = {"figures": no_figures, "grad_cam": no_grad_cam}
+
+
+def terminated_at_grad_cam() -> None:
+    """SIGTERM arrives while the first heat maps are computed."""
+    from resnet_cifar import explain
+
+    explain.grad_cam = lambda *_: signals(signal.SIGTERM)
+
+
+def disk_full_for_a_while() -> None:
+    """The first time each is written, the summary and the tables find a full disk: /dev/full, a real ENOSPC."""
+    open_file, seen = Path.open, set()
+
+    def once_on_a_full_disk(path, mode="r", *arguments, **keywords):
+        full = mode in ("w", "a") and path.name in ("model_summary.txt", "lr_history.csv", "history.csv")
+        full = full and path.name not in seen
+        seen.add(path.name)
+        return open_file(Path("/dev/full") if full else path, mode, *arguments, **keywords)
+
+    Path.open = once_on_a_full_disk

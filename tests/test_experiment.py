@@ -1,0 +1,380 @@
+"""A whole run in small, once, and what it leaves, read back through MLflow's own API; then the other tasks on it."""
+
+import csv
+import os
+import re
+import signal
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from processes import STEPS, TINY, Commands, disk_full_for_a_while, failing_figures, terminated_at_grad_cam
+
+from resnet_cifar import checkpoint, schema, tracking
+
+CIFAR10 = next(
+    (root for root in (os.environ.get("CIFAR10_ROOT"), "../shared/data") if root and Path(root).exists()), None
+)
+FIGURES = {
+    *("sample_training_images", "misclassified_images", "loss_and_accuracy", "lr_finder", "lr_history"),
+    *(
+        "grad_cam_correct_layer_2",
+        "grad_cam_correct_layer_3",
+        "grad_cam_predicted_layer_2",
+        "grad_cam_predicted_layer_3",
+    ),
+    "confusion_matrix",
+}
+FILES = {
+    *("config.yaml", "model_summary.txt", "run.log", "history.csv", "lr_history.csv", "lr_finder.csv"),
+    *("predictions.csv", "checkpoints/last.pt", *(f"figures/{name}.png" for name in FIGURES)),
+}
+EPOCH_METRICS = {"train/loss", "train/accuracy", "test/loss", "test/accuracy", "schedule/lr"}
+SPEED = {"speed/images_per_second", "speed/epoch_seconds"}
+CANARY = "canary-7f3a9c"
+
+
+class Run:
+    """A finished command, its folder, and its run in MLflow."""
+
+    def __init__(self, outputs: Path, command) -> None:
+        self.code, self.output, self.outputs = command.ends(), command.output, outputs
+        folders = sorted((outputs / "runs").iterdir(), key=lambda folder: (folder / "run.log").stat().st_mtime)
+        self.folder = folders[-1]
+        self.uri = f"sqlite:///{outputs / 'mlflow.db'}"
+        self.client = tracking.Store(self.uri).client
+        experiment = self.client.get_experiment_by_name("resnet-cifar")
+        runs = self.client.search_runs([experiment.experiment_id]) if experiment else []
+        self.tracked = max(runs, key=lambda run: run.info.start_time, default=None)
+
+    def history(self, key):
+        return [(point.step, point.value) for point in self.client.get_metric_history(self.tracked.info.run_id, key)]
+
+    def artifacts(self, folder=None):
+        files = self.client.list_artifacts(self.tracked.info.run_id, folder)
+        return {path for file in files for path in (self.artifacts(file.path) if file.is_dir else {file.path})}
+
+    def table(self, name):
+        with (self.folder / name).open(newline="") as file:
+            return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def start(commands: Commands, empty_database, tmp_path_factory):
+    """Run a tiny command to its end in an output folder of its own, or in that of an earlier run."""
+
+    def run(*arguments, base=None, fault=None, **environment):
+        outputs = base.outputs if base else tmp_path_factory.mktemp("run") / "outputs"
+        if base is None:
+            outputs.mkdir()
+            (outputs / "mlflow.db").write_bytes(empty_database.read_bytes())
+        given = (*TINY, *arguments) if base is None else arguments
+        printed = tmp_path_factory.mktemp("printed") / "output"
+        arguments = (*given, f"output_dir={outputs}")
+        return Run(outputs, commands(*arguments, printed=printed, fault=fault, environment=environment))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(start):
+    secrets = {"CANARY": CANARY, "MLFLOW_TRACKING_PASSWORD": CANARY + "-password"}
+    run = start("tracking.run_name='first ${oc.env:CANARY}'", "seed=0", "data.root='${oc.env:CANARY}'", **secrets)
+    assert run.code == 0, run.output
+    return run
+
+
+# What a run leaves
+
+
+def test_it_is_finished_and_nothing_went_wrong(trained):
+    assert trained.tracked.info.status == "FINISHED"
+    warnings = [line for line in (trained.folder / "run.log").read_text().splitlines() if " WARNING " in line]
+    assert [
+        line for line in warnings if "end of the range" not in line
+    ] == []  # of four iterations, the last may be best
+    assert (trained.folder / "status.txt").read_text().strip() == "FINISHED"
+
+
+def test_every_epoch_has_its_metrics_at_its_step(trained):
+    assert set(trained.tracked.data.metrics) == {*EPOCH_METRICS, *SPEED, "lr_finder/loss", "lr_finder/lr"}
+    for key in EPOCH_METRICS | SPEED:
+        assert [step for step, _ in trained.history(key)] == [1, 2], key
+
+
+def test_the_finders_curve_is_there_by_iteration(trained):
+    for key in ("lr_finder/loss", "lr_finder/lr"):
+        assert [step for step, _ in trained.history(key)] == [1, 2, 3, 4]
+    lrs = [lr for _, lr in trained.history("lr_finder/lr")]
+    assert lrs[0] == 0.001 and lrs[-1] == pytest.approx(0.1)
+
+
+def test_metrics_and_tables_agree(trained):
+    rows = trained.table("history.csv")
+    for key, column in {"train/loss": "train_loss", "test/accuracy": "eval_accuracy", "schedule/lr": "lr"}.items():
+        assert [value for _, value in trained.history(key)] == [float(row[column]) for row in rows]
+    steps = trained.table("lr_history.csv")
+    assert [int(row["step"]) for row in steps] == list(range(1, 2 * STEPS + 1))
+    assert [float(row["lr"]) for row in (steps[STEPS - 1], steps[-1])] == [float(row["lr"]) for row in rows]
+    assert min(float(row["lr"]) for row in steps) > 0
+
+
+def test_the_parameters_are_the_ones_people_compare(trained):
+    params = trained.tracked.data.params
+    assert 10 <= len(params) <= 15
+    assert {
+        "seed": "0",
+        "data": "digits",
+        "optimizer": "adam",
+        "trainer.epochs": "2",
+        "model.width": "0.125",
+    }.items() <= (params.items())
+
+
+def test_the_peak_is_the_one_that_was_found_and_used(trained):
+    peak = float(trained.tracked.data.params["scheduler.max_lr"])
+    finder = trained.table("lr_finder.csv")
+    assert peak == float(min(finder, key=lambda row: float(row["loss"]))["lr"])
+    assert checkpoint.load(trained.folder)["max_lr"] == peak
+    assert trained.tracked.data.tags["max_lr_source"] == "find"
+
+
+def test_the_tags_say_where_the_numbers_come_from(trained):
+    tags = trained.tracked.data.tags
+    assert {"overrides", "torch", "torchvision", "python", "cuda", "device", "threads", "precision", "task"} <= set(
+        tags
+    )
+    assert (tags["device"], tags["precision"], tags["threads"]) == (tags["device"], "fp32", "1")
+    assert "trainer.epochs=2" in tags["overrides"]
+    assert tags["torch"] == str(torch.__version__)
+    assert re.search(r"Test accuracy [\d.]+%", tags["mlflow.note.content"])
+
+
+def test_every_artifact_is_in_the_store_and_in_the_folder(trained):
+    assert trained.artifacts() >= FILES
+    root = Path(trained.tracked.info.artifact_uri.removeprefix("file://"))
+    for name in FILES:
+        assert (trained.folder / name).read_bytes() == (root / name).read_bytes(), name
+
+
+def test_every_figure_is_a_picture_with_something_on_it(trained):
+    for name in FIGURES:
+        with Image.open(trained.folder / "figures" / f"{name}.png") as picture:
+            assert min(picture.size) >= 300 and np.asarray(picture.convert("L")).std() > 5, name
+
+
+def test_the_saved_configuration_is_resolved_and_valid(trained, monkeypatch):
+    saved = OmegaConf.load(trained.folder / "config.yaml")
+    assert saved.output_dir == str(trained.outputs) and saved.tracking.uri == trained.uri
+    assert "${outputs" not in (trained.folder / "config.yaml").read_text()
+    monkeypatch.setenv("CANARY", CANARY)
+    schema.check(saved)
+
+
+def test_predictions_have_a_row_for_each_test_image(trained):
+    rows = trained.table("predictions.csv")
+    assert [int(row["index"]) for row in rows] == list(range(40))
+    correct = sum(row["label"] == row["prediction"] for row in rows)
+    assert 100 * correct / 40 == pytest.approx(trained.history("test/accuracy")[-1][1])
+    assert all(0.1 <= float(row["confidence"]) <= 1 for row in rows)
+
+
+def test_one_checkpoint_is_left(trained):
+    assert [path.name for path in (trained.folder / "checkpoints").iterdir()] == ["last.pt"]
+
+
+def test_the_logged_model_predicts_what_the_run_predicted(trained):
+    from resnet_cifar.data import Digits
+
+    mlflow.set_tracking_uri(trained.uri)
+    model = mlflow.pyfunc.load_model(f"runs:/{trained.tracked.info.run_id}/model")
+    pictures = Digits(train=False).data[:40]
+    for size in (1, 3, 40):
+        predicted = np.asarray(model.predict(np.ascontiguousarray(pictures[:size]))).argmax(1)
+        assert [str(digit) for digit in predicted] == [row["prediction"] for row in trained.table("predictions.csv")][
+            :size
+        ]
+
+
+def test_the_summary_of_the_model_is_a_table(trained):
+    assert "Total params" in (trained.folder / "model_summary.txt").read_text()
+
+
+def test_no_secret_is_in_anything_a_run_writes(trained):
+    searched = [path for path in trained.outputs.rglob("*") if path.is_file()]
+    assert {".hydra", "checkpoints", "model"} <= {path.parent.name for path in searched}
+    assert [path for path in searched if CANARY.encode() in path.read_bytes()] == []
+    assert CANARY not in trained.output
+    assert CANARY not in str(trained.tracked.data) + str(trained.tracked.info)
+    assert "${oc.env:CANARY}" in (trained.folder / "config.yaml").read_text()
+    assert checkpoint.load(trained.folder)["config"]["data"]["root"] == "${oc.env:CANARY}"
+
+
+def test_nothing_is_written_outside_the_output_folder(trained):
+    for path in trained.outputs.rglob("*"):
+        assert path.resolve().is_relative_to(trained.outputs.resolve())
+
+
+@pytest.mark.parametrize(
+    "override", ["seed=${oc.env:CANARY}", "tracking.uri=${oc.env:CANARY}", "data.root=${oc.env:NOT_SET_AT_ALL}"]
+)
+def test_no_secret_is_in_the_message_about_a_bad_value(commands, tmp_path, override):
+    # The name says what it is: those are blotted out wherever they come up.
+    override = override.replace("CANARY", "CANARY_TOKEN")
+    command = commands(
+        override, f"output_dir={tmp_path / 'o'}", printed=tmp_path / "p", environment={"CANARY_TOKEN": CANARY}
+    )
+    assert command.ends() == 2
+    assert CANARY not in command.output and len(command.output.splitlines()) <= 3
+    assert not (tmp_path / "o").exists()
+
+
+# The other tasks
+
+
+def test_evaluate_gives_the_numbers_of_the_training(trained, start):
+    again = start(
+        "task=evaluate", f"checkpoint={trained.folder}", "trainer.precision=fp32", base=trained, CANARY="another"
+    )
+    assert again.code == 0, again.output
+    assert again.table("predictions.csv") == trained.table("predictions.csv")
+    assert again.history("test/accuracy") == [(2, trained.history("test/accuracy")[-1][1])]
+    assert again.tracked.data.tags["task"] == "evaluate" and again.tracked.info.status == "FINISHED"
+    assert {"figures/misclassified_images.png", "figures/confusion_matrix.png", "predictions.csv"} <= again.artifacts()
+
+
+def test_evaluate_finds_a_run_by_its_id_and_reads_other_test_images(trained, start):
+    arguments = (
+        "task=evaluate",
+        f"checkpoint={trained.tracked.info.run_id}",
+        "data.test_size=20",
+        "tracking=none",
+        "trainer.precision=fp32",
+    )
+    again = start(*arguments, base=trained, CANARY="another")
+    assert again.code == 0, again.output
+    assert again.table("predictions.csv") == trained.table("predictions.csv")[:20]
+
+
+def test_explain_draws_heat_maps_of_a_folder_of_pictures(trained, start, tmp_path):
+    for name, shade in {"a.png": 30, "b.jpg": 200}.items():
+        Image.new("RGB", (50, 40), (shade, 90, 120)).save(tmp_path / name)
+    arguments = ("task=explain", f"checkpoint={trained.folder}/checkpoints/last.pt", f"explain.images={tmp_path}")
+    explained = start(*arguments, base=trained, CANARY="another")
+    assert explained.code == 0, explained.output
+    assert [row["picture"] for row in explained.table("predictions.csv")] == ["a.png", "b.jpg"]
+    names = {"figures/grad_cam_predicted_layer_2.png", "figures/grad_cam_predicted_layer_3.png"}
+    assert names <= explained.artifacts()
+
+
+def test_find_lr_leaves_a_curve_and_no_checkpoint(start):
+    found = start("task=find_lr")
+    assert found.code == 0, found.output
+    assert {"lr_finder.csv", "figures/lr_finder.png", "config.yaml", "run.log"} <= found.artifacts()
+    assert float(found.tracked.data.params["scheduler.max_lr"]) > 0
+    assert not (found.folder / "checkpoints").exists()
+
+
+def test_held_out_images_are_looked_at_each_epoch_and_the_test_once(start):
+    run = start("data.val_size=30", "scheduler.max_lr=0.01", "explain.num_images=1")
+    assert run.code == 0, run.output
+    assert [step for step, _ in run.history("val/accuracy")] == [1, 2]
+    assert [step for step, _ in run.history("test/accuracy")] == [2]
+    assert run.tracked.data.tags["max_lr_source"] == "given"
+    assert run.tracked.data.params["scheduler.max_lr"] == "0.01"
+    assert "lr_finder/lr" not in run.tracked.data.metrics
+
+
+def test_the_same_command_gives_the_same_numbers_without_tracking_too(trained, start):
+    again = start("seed=0", "tracking=none")
+    assert again.code == 0, again.output
+    assert again.tracked is None
+    assert (again.folder / "lr_history.csv").read_text() == (trained.folder / "lr_history.csv").read_text()
+    assert (again.folder / "predictions.csv").read_text() == (trained.folder / "predictions.csv").read_text()
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize("failing", ["figures", "grad_cam"])
+def test_a_failing_figure_is_a_warning_and_the_run_is_finished(start, failing):
+    run = start("scheduler.max_lr=0.01", "trainer.epochs=1", fault=failing_figures[failing])
+    assert run.code == 0, run.output
+    assert run.tracked.info.status == "FINISHED"
+    assert "was not drawn" in (run.folder / "run.log").read_text()
+    assert "Traceback" not in run.output
+
+
+def test_a_full_disk_under_a_table_is_said_and_training_goes_on(start):
+    run = start("scheduler.max_lr=0.01", fault=disk_full_for_a_while)
+    assert run.code == 0, run.output
+    for name in ("model_summary.txt", "lr_history.csv", "history.csv"):
+        assert f"{name} was not written" in run.output
+    assert len(run.table("lr_history.csv")) == 2 * STEPS and len(run.table("history.csv")) == 2
+    assert run.tracked.info.status == "FINISHED"
+
+
+def bad(commands, tmp_path, *arguments):
+    command = commands(*arguments, f"output_dir={tmp_path / 'outputs'}", printed=tmp_path / "printed")
+    code, output = command.ends(), command.output
+    assert len(output.splitlines()) <= 3 and "Traceback" not in output, output
+    assert not (tmp_path / "outputs" / "mlflow.db").exists()
+    return code, output
+
+
+def test_a_data_set_that_is_missing_ends_with_3_and_the_offline_command(commands, tmp_path):
+    # Without a proxy of the user's, and with one that is not there, nothing can be downloaded.
+    proxies = dict.fromkeys(("https_proxy", "http_proxy", "HTTPS_PROXY", "HTTP_PROXY"), "http://127.0.0.1:9")
+    arguments = (f"data.root={tmp_path / 'empty'}", f"output_dir={tmp_path / 'outputs'}")
+    command = commands(*arguments, printed=tmp_path / "printed", environment=proxies)
+    assert command.ends() == 3, command.output
+    assert "python run.py experiment=quickstart" in command.output and len(command.output.splitlines()) <= 3
+
+
+def test_a_corrupt_data_set_ends_with_3(commands, tmp_path):
+    folder = tmp_path / "data" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    (folder / "data_batch_1").write_bytes(b"not a batch")
+    code, output = bad(commands, tmp_path, f"data.root={tmp_path / 'data'}", "data.dataset.download=false")
+    assert code == 3 and "data.root=" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        (("data=digits", "trainer.device=cuda:99"), 2, "no such device"),
+        (("data=digits", "data.batch_size=5000"), 2, "data.batch_size=5000"),
+        (("data=digits", "data.test_size=5000"), 2, "data.test_size=5000"),
+        (("data=digits", "data.val_size=1437"), 2, "data.val_size=1437"),
+        (("task=evaluate", "checkpoint=nowhere"), 4, "there is no such run"),
+        (("task=explain", "checkpoint=README.md"), 4, "not a checkpoint"),
+    ],
+)
+def test_what_cannot_work_is_said_before_any_work(commands, tmp_path, arguments, code, part):
+    given, output = bad(commands, tmp_path, *arguments)
+    assert (given, part in output) == (code, True), output
+
+
+def test_a_checkpoint_of_another_model_ends_with_4(trained, commands, tmp_path):
+    arguments = ("task=evaluate", f"checkpoint={trained.folder}", "model.width=0.25", f"output_dir={tmp_path / 'o'}")
+    command = commands(*arguments, printed=tmp_path / "printed", environment={"CANARY": "x"})
+    assert command.ends() == 4
+    assert "holds another model" in command.output and len(command.output.splitlines()) <= 3
+
+
+@pytest.mark.skipif(CIFAR10 is None, reason="no CIFAR-10 in ../shared/data or $CIFAR10_ROOT")
+def test_real_cifar10_runs(start):
+    arguments = ("data=cifar10", f"data.root={CIFAR10}", "augmentation=crop_flip_cutout", "data.train_size=256")
+    run = start(*arguments, "data.test_size=64", "data.batch_size=64", "trainer.epochs=1", "scheduler.max_lr=0.01")
+    assert run.code == 0, run.output
+    assert {row["label"] for row in run.table("predictions.csv")} <= set(checkpoint.load(run.folder)["classes"])
+
+
+def test_a_signal_while_the_figures_are_drawn_ends_the_run_as_killed(start):
+    run = start("scheduler.max_lr=0.01", "trainer.epochs=1", fault=terminated_at_grad_cam)
+    assert run.code == 128 + signal.SIGTERM, run.output
+    assert run.tracked.info.status == "KILLED"

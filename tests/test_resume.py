@@ -1,0 +1,247 @@
+"""Interrupted runs, by real signals in real processes: what is kept, and that going on gives what would have been."""
+
+import csv
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from processes import (
+    STEPS,
+    TINY,
+    after_steps,
+    full_disk_for_checkpoint,
+    killed_before_the_checkpoint,
+    signals,
+    waits_after_steps,
+)
+
+from resnet_cifar import checkpoint, recording, tracking
+
+TIMES = ("images_per_second", "epoch_seconds")
+
+
+@pytest.fixture
+def start(commands, outputs, tmp_path):
+    """Start a tiny run in `outputs`, with a fault where one is given."""
+
+    def run(*arguments, fault=None, fault_arguments=()):
+        if not any("resume=" in argument for argument in arguments):
+            arguments = (*TINY, *arguments, f"output_dir={outputs}")
+        printed = tmp_path / f"printed_{len(list(tmp_path.glob('printed_*')))}"
+        return commands(*arguments, printed=printed, fault=fault, fault_arguments=fault_arguments)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(commands, empty_database, tmp_path_factory):
+    """The folder of a run that nothing interrupted."""
+    outputs = tmp_path_factory.mktemp("uninterrupted")
+    shutil.copy(empty_database, outputs / "mlflow.db")
+    command = commands(*TINY, f"output_dir={outputs}", printed=outputs / "printed")
+    assert command.ends() == 0, command.output
+    return only_run(outputs)
+
+
+def only_run(outputs):
+    [folder] = (outputs / "runs").iterdir()
+    return folder
+
+
+def tracked(folder):
+    """MLflow's client, and the run whose files are in `folder`."""
+    client = tracking.Store(f"sqlite:///{folder.parents[1] / 'mlflow.db'}").client
+    [run] = client.search_runs([client.get_experiment_by_name("resnet-cifar").experiment_id])
+    return client, run
+
+
+def table(path):
+    with path.open(newline="") as file:
+        return [{key: value for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)]
+
+
+def points(folder):
+    client, run = tracked(folder)
+    histories = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
+    return {
+        key: [(point.step, None if key.startswith("speed/") else point.value) for point in history]
+        for key, history in histories.items()
+    }
+
+
+def assert_equal_states(ours, theirs, where="state"):
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_equal_states(ours[key], theirs[key], f"{where}.{key}")
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    elif not where.startswith("state.config"):
+        assert ours == theirs, where
+
+
+def assert_as_if_never_interrupted(folder, uninterrupted):
+    assert_equal_states(checkpoint.load(folder), checkpoint.load(uninterrupted))
+    for name in ("history.csv", "lr_history.csv", "lr_finder.csv", "predictions.csv"):
+        assert table(folder / name) == table(uninterrupted / name), name
+    assert points(folder) == points(uninterrupted)
+    assert tracked(folder)[1].info.status == "FINISHED"
+    figures = [{path.name for path in (run / "figures").iterdir()} for run in (folder, uninterrupted)]
+    assert figures[0] == figures[1]
+
+
+# Each step a checkpoint; the first before training. In the 2nd epoch, and just after the 1st epoch's metrics are logged.
+@pytest.mark.parametrize(
+    "checkpoints", [STEPS + 5, STEPS + 2], ids=["inside an epoch", "between metrics and checkpoint"]
+)
+def test_a_run_killed_by_9_goes_on_bit_for_bit(start, outputs, uninterrupted, checkpoints):
+    killed = start(
+        "trainer.checkpoint_minutes=1e-9", fault=killed_before_the_checkpoint, fault_arguments=(checkpoints,)
+    )
+    assert killed.ends() == -signal.SIGKILL
+    folder = only_run(outputs)
+    time.sleep(0.01)
+    resumed = start(f"resume={folder}")
+    assert resumed.ends() == 0, resumed.output
+    assert "Resumed in epoch" in resumed.output
+    assert_as_if_never_interrupted(folder, uninterrupted)
+
+
+def test_a_run_killed_between_checkpoints_repeats_the_steps_after_the_last(start, outputs, uninterrupted):
+    killed = start(fault=after_steps, fault_arguments=(STEPS + 5, signals, signal.SIGKILL))
+    assert killed.ends() == -signal.SIGKILL
+    resumed = start(f"resume={only_run(outputs)}")
+    assert resumed.ends() == 0, resumed.output
+    assert_as_if_never_interrupted(only_run(outputs), uninterrupted)
+
+
+def test_a_damaged_last_checkpoint_is_replaced_by_the_previous_one(start, outputs, uninterrupted):
+    killed = start("trainer.checkpoint_minutes=1e-9", fault=after_steps, fault_arguments=(5, signals, signal.SIGKILL))
+    killed.ends()
+    folder = only_run(outputs)
+    last = folder / "checkpoints" / checkpoint.LAST
+    last.write_bytes(last.read_bytes()[:1000])
+    resumed = start(f"resume={folder}")
+    assert resumed.ends() == 0, resumed.output
+    assert "cut short" in resumed.output and "Falling back to previous.pt" in resumed.output
+    assert_as_if_never_interrupted(folder, uninterrupted)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(start, outputs, uninterrupted):
+    start(fault=killed_before_the_checkpoint, fault_arguments=(1,)).ends()
+    resumed = start(f"resume={only_run(outputs)}")
+    assert resumed.ends() == 0, resumed.output
+    assert_as_if_never_interrupted(only_run(outputs), uninterrupted)
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_a_checkpoint_within_a_batch_and_the_run_is_killed(
+    start, outputs, uninterrupted, number, exit_code
+):
+    stopped = start(fault=after_steps, fault_arguments=(STEPS + 3, signals, number))
+    assert stopped.ends() == exit_code, stopped.output
+    folder = only_run(outputs)
+    assert checkpoint.load(folder)["progress"]["batch"] == 3
+    assert len(table(folder / "lr_history.csv")) == STEPS + 3
+    assert {"loss_and_accuracy.png", "lr_history.png"} <= {path.name for path in (folder / "figures").iterdir()}
+    client, run = tracked(folder)
+    assert run.info.status == "KILLED" and f"resume={folder}" in run.data.tags["mlflow.note.content"]
+    assert "checkpoints/last.pt" in [file.path for file in client.list_artifacts(run.info.run_id, "checkpoints")]
+    assert "Traceback" not in stopped.output
+    assert start(f"resume={folder}").ends() == 0
+    assert_as_if_never_interrupted(folder, uninterrupted)
+
+
+def test_a_second_signal_ends_the_process_at_once(start, outputs):
+    stopped = start(fault=after_steps, fault_arguments=(3, signals, signal.SIGTERM, signal.SIGTERM))
+    assert stopped.ends() == -signal.SIGTERM
+    assert tracked(only_run(outputs))[1].info.status == "RUNNING"
+
+
+def test_the_next_start_finds_a_killed_run_and_says_how_to_go_on(start, outputs):
+    start(fault=after_steps, fault_arguments=(3, signals, signal.SIGKILL)).ends()
+    folder = only_run(outputs)
+    assert tracked(folder)[1].info.status == "RUNNING"
+    following = start("task=find_lr", "lr_finder.num_iter=2")
+    assert following.ends() == 0, following.output
+    assert f"python run.py resume={folder}" in following.output
+    client = tracked_client(outputs)
+    statuses = {run.data.tags["task"]: run.info.status for run in client.search_runs(["1"])}
+    assert statuses == {"train": "KILLED", "find_lr": "FINISHED"}
+
+
+def tracked_client(outputs):
+    return tracking.Store(f"sqlite:///{outputs / 'mlflow.db'}").client
+
+
+def test_a_second_resume_is_turned_away_while_the_first_goes_on(start, outputs, tmp_path):
+    start(fault=after_steps, fault_arguments=(3, signals, signal.SIGKILL)).ends()
+    folder = only_run(outputs)
+    first = start(f"resume={folder}", fault=waits_after_steps, fault_arguments=(2, str(tmp_path / "go")))
+    while "Resumed in epoch" not in first.output and first.process.is_alive():
+        time.sleep(0.05)
+    second = start(f"resume={folder}")
+    code = second.ends()
+    (tmp_path / "go").touch()
+    assert first.ends() == 0, first.output
+    assert code == 5
+    assert "Another process is working on the run" in second.output and len(second.output.splitlines()) <= 3
+
+
+def test_a_finished_run_says_so_and_exits_0(start, uninterrupted):
+    before = sorted((path, path.stat().st_mtime_ns) for path in uninterrupted.rglob("*") if path.name != ".lock")
+    command = start(f"resume={uninterrupted}")
+    assert command.ends() == 0
+    assert "finished" in command.output
+    assert (
+        sorted((path, path.stat().st_mtime_ns) for path in uninterrupted.rglob("*") if path.name != ".lock") == before
+    )
+
+
+@pytest.mark.parametrize("beside", ["seed=1", "-m", "tracking=none"])
+def test_anything_beside_resume_is_refused(start, uninterrupted, beside):
+    command = start(f"resume={uninterrupted}", beside)
+    assert command.ends() == 2
+    assert f"leave out {beside}" in command.output
+
+
+@pytest.mark.parametrize(
+    "reference", ["resume=nowhere", "+resume=0123456789abcdef0123456789abcdef", "resume=/tmp/no/run"]
+)
+def test_an_unknown_run_is_refused(start, reference):
+    command = start(reference)
+    assert command.ends() == 4
+    assert "there is no such run" in command.output and len(command.output.splitlines()) <= 3
+
+
+def test_a_run_is_found_by_its_mlflow_id(uninterrupted):
+    _, run = tracked(uninterrupted)
+    found = recording.find_run(run.info.run_id, uninterrupted.parents[1], "resume")
+    assert found == uninterrupted
+
+
+def test_a_run_that_diverges_fails_with_6_and_keeps_its_last_good_checkpoint(start, outputs):
+    # The weights overflow within a few steps.
+    command = start("scheduler.max_lr=1e30", "scheduler.div_factor=1", "optimizer.weight_decay=0")
+    assert command.ends() == 6, command.output
+    folder = only_run(outputs)
+    _, run = tracked(folder)
+    assert run.info.status == "FAILED"
+    note = run.data.tags["mlflow.note.content"]
+    assert "step" in note and "LR 1e+30" in note and "Lower scheduler.max_lr" in note
+    state = checkpoint.load(folder)
+    assert all(torch.isfinite(weights).all() for weights in state["model"].values())
+    assert len(command.output.split("The loss is not")[1].splitlines()) <= 3
+
+
+def test_a_full_disk_under_a_checkpoint_keeps_the_old_one_and_ends_with_5(start, outputs):
+    command = start(fault=full_disk_for_checkpoint, fault_arguments=(3,))
+    assert command.ends() == 5, command.output
+    folder = only_run(outputs)
+    assert checkpoint.load(folder)["progress"]["epoch"] == 2
+    assert "The disk is full: a checkpoint needs" in command.output
+    assert tracked(folder)[1].info.status == "FAILED"
+    assert os.listdir(folder / "checkpoints").count(".last.pt.tmp") == 0
