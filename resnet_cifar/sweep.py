@@ -22,7 +22,7 @@ from resnet_cifar.fingerprint import config_hash
 PLAN, FAILED, STATUS = "sweep.json", "failed_jobs.txt", "status.txt"
 RUN, RESUME, SKIP = "run", "resume", "skip"
 
-_running: list[object] = []  # the lock on the sweep's folder, held while this process lives
+_running: list[FileLock] = []  # on the folder of the sweep that this process runs
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +77,12 @@ def prepare(argv: Sequence[str], composition: Composition) -> list[str]:
         print(dry_run(plan, sweep_store.estimate(settings, composition, [job.action for job in plan.jobs])))
         sys.exit(0)
     sweep.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(sweep.folder / ".lock", thread_local=False)
+    while _running:
+        _running.pop().release()
     try:
-        _running.append(FileLock(sweep.folder / ".lock", thread_local=False).acquire(timeout=0))
+        lock.acquire(timeout=0)
+        _running.append(lock)
     except Timeout:
         raise StorageError(f"This sweep is running already, in {sweep.folder}. Wait for it or stop it.") from None
     kept = {job.folder for job in plan.jobs if job.action != RUN}

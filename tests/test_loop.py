@@ -102,7 +102,7 @@ def test_the_configured_schedule_gives_the_references_24_learning_rates_to_the_l
 
 def test_24_epochs_of_98_steps_use_the_schedule_and_never_a_learning_rate_below_zero():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3, 4))
-    optimizer, scheduler, cfg = reference_schedule(model)
+    optimizer, scheduler, _ = reference_schedule(model)
     images = synthetic(STEPS * 2 - 1, size=1)
     reference = training(model, epochs=EPOCHS, batch_size=2)
     reference.optimizer, reference.scheduler, reference.augment = optimizer, scheduler, Augmentation([], normalise())

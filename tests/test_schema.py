@@ -70,7 +70,7 @@ def test_accepts(override):
         ("trainer.precision=fp16", "'auto', 'fp32' or 'bf16'"),
         ("trainer.compile=1", "trainer.compile=1"),
         ("+trainer.epoch=3", "trainer.epoch is not a key; did you mean trainer.epochs?"),
-        ("task=test", "'train', 'find_lr', 'evaluate' or 'explain'"),
+        ("task=test", "'train', 'find_lr', 'evaluate', 'explain' or 'sync'"),
         ("model.width=0", "model.width=0 should be greater than 0"),
         ("data.batch_size=0", "data.batch_size=0"),
         ("data.mean=[0.5,0.5]", "data.mean=[0.5, 0.5]"),
