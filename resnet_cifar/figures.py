@@ -64,7 +64,7 @@ def misclassified_images(
     """Images, each under its true and its predicted class with the confidence (0..1) of the prediction."""
     figure, panels = _grid(len(images), 5, 2.4, title)
     first_lines = [f"true: {_short(classes[label])}" for label in labels]
-    captions = _captions(first_lines, predictions, confidences, classes, "\nconfidence ")
+    captions = _captions(first_lines, predictions, confidences, classes, "\nconfidence {:.1%}")
     for axes, image, caption in zip(panels, images, captions, strict=True):
         axes.imshow(image)
         axes.set_title(caption, fontsize=9, loc="center")
@@ -91,13 +91,13 @@ def grad_cam(
     zeros is said in words, for it is a result and not a fault: nothing at that layer speaks for the class.
     """
     heading = f"Grad-CAM against the {against} class: {layer}, {map_size[0]}x{map_size[1]} map\n{title}"
-    figure, panels = _grid(len(images), 4, 1.62, heading)
+    figure, panels = _grid(len(images), 4, 1.62, heading, footer=0.2)
     if labels is None:
         first_lines = [_short(name, 24) for name in names]
     else:
         first_lines = [f"true: {_short(classes[label])}" for label in labels]
     explained = labels if against == "correct" else predictions
-    captions = _captions(first_lines, predictions, confidences, classes, " ")
+    captions = _captions(first_lines, predictions, confidences, classes, " ({:.1%})")
     for axes, image, heat_map, target, caption in zip(panels, images, heat_maps, explained, captions, strict=True):
         _draw_pair(axes, _unit(image), heat_map, _short(classes[target]))
         axes.set_title(caption, fontsize=9, loc="center")
@@ -202,11 +202,11 @@ def confusion_matrix(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
     return figure
 
 
-def _grid(count: int, columns: int, row_height: float, title: str) -> tuple[Figure, list[Axes]]:
+def _grid(count: int, columns: int, row_height: float, title: str, footer: float = 0.0) -> tuple[Figure, list[Axes]]:
     columns = min(count, columns)
     rows = -(-count // columns)
-    heading = 0.3 * (1 + title.count("\n"))
-    figure = Figure(figsize=(9, rows * row_height + heading), layout="constrained")
+    heading = 0.1 + 0.3 * (1 + title.count("\n"))
+    figure = Figure(figsize=(9, rows * row_height + heading + footer), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.06)
     figure.suptitle(title, x=0.01, ha="left")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -220,10 +220,10 @@ def _captions(
     predictions: Sequence[int],
     confidences: Sequence[float],
     classes: Sequence[str],
-    separator: str,
+    confidence_format: str,
 ) -> list[str]:
     return [
-        f"{first_line}\npredicted: {_short(classes[prediction])}{separator}{confidence:.1%}"
+        f"{first_line}\npredicted: {_short(classes[prediction])}{confidence_format.format(confidence)}"
         for first_line, prediction, confidence in zip(first_lines, predictions, confidences, strict=True)
     ]
 

@@ -146,7 +146,7 @@ def test_pictures_without_labels_carry_their_names():
         "Own",
         ["me.jpg"],
     )
-    assert figure.axes[0].get_title("center") == "me.jpg\npredicted: bird 50.0%"
+    assert figure.axes[0].get_title("center") == "me.jpg\npredicted: bird (50.0%)"
 
 
 def test_loss_and_accuracy_name_the_final_and_the_best_accuracy():
