@@ -26,16 +26,9 @@ from resnet_cifar.sync import sync_all
 REPOSITORY = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    database = tmp_path_factory.mktemp("template") / "mlflow.db"
-    tracking.Store(f"sqlite:///{database}").client.search_experiments()
-    return database
-
-
 @pytest.fixture
-def database(template, tmp_path):
-    return Path(shutil.copy(template, tmp_path / "mlflow.db"))
+def database(empty_database, tmp_path):
+    return Path(shutil.copy(empty_database, tmp_path / "mlflow.db"))
 
 
 @pytest.fixture
