@@ -20,7 +20,6 @@ from resnet_cifar.data import Images
 from resnet_cifar.loop import Evaluation
 from resnet_cifar.lr_finder import RangeTest
 
-DPI = 150
 TARGET_ACCURACY = 90  # the assignment's
 
 log = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ def save_figure(folder: Path, name: str, draw: Callable[[], Figure]) -> None:
     """Draw and save `figures/<name>.png`; a figure that fails is a warning, since the run is worth more than its picture."""
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
-        draw().savefig(folder / "figures" / f"{name}.png", dpi=DPI)
+        draw().savefig(folder / "figures" / f"{name}.png")
     except Exception as error:
         log.warning("figures/%s.png was not drawn: %s: %s", name, type(error).__name__, error)
         log.debug("figures/%s.png", name, exc_info=True)
