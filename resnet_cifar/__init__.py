@@ -7,7 +7,10 @@ from importlib import import_module
 from typing import Any
 
 _MODULES = {
-    "augment": ("Augmentation", "Cutout", "Normalise", "RandomCrop", "RandomHorizontalFlip"),
+    "augment": (
+        *("AlternatingFlip", "Augmentation", "Cutout", "Normalise", "ProgressiveResize", "RandomCrop"),
+        "RandomHorizontalFlip",
+    ),
     "custom_resnet": ("CustomResNet",),
     "data": ("Digits", "Images", "as_images", "hold_out", "steps_per_epoch", "training_batches"),
     "deployed_model": ("DeployedModel",),

@@ -1,7 +1,8 @@
 """Augmentation of a whole uint8 batch at once on its own device, every image with its own draw.
 
-A transform here is called with (N, C, H, W) uint8 images and a generator on their device. Any other callable in the list, such
-as a torchvision v2 transform, is called once per image, so that it too draws for each image apart.
+A transform here is called with (N, C, H, W) uint8 images and a generator on their device, a scheduled one also with which
+images they are and the epoch. Any other callable in the list, such as a torchvision v2 transform, is called once per image, so
+that it too draws for each image apart.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,19 +19,40 @@ class BatchTransform:
         raise NotImplementedError
 
 
-class RandomCrop(BatchTransform):
-    """Pad by `padding` pixels of zeros and cut `size` x `size` at a uniform offset, as torchvision's `RandomCrop`."""
+class ScheduledTransform:
+    """Base of those whose result depends on which image it is and on the epoch: `transform(images, index, epoch)`.
 
-    def __init__(self, size: int, padding: int = 0) -> None:
-        self.size, self.padding = size, padding
+    `index` (N,) int64 holds the places of the images in the training set; `epoch` counts from 1.
+    """
+
+    def __call__(self, images: Tensor, index: Tensor, epoch: int) -> Tensor:
+        raise NotImplementedError
+
+
+class RandomCrop(BatchTransform):
+    """Pad by `padding` pixels and cut `size` x `size` at a uniform offset, as torchvision's `RandomCrop`.
+
+    The border is black (`constant`) or the image mirrored at its edge (`reflect`).
+    """
+
+    def __init__(self, size: int, padding: int = 0, padding_mode: str = "constant") -> None:
+        self.size, self.padding, self.padding_mode = size, padding, padding_mode
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
-        padded = F.pad(images, [self.padding] * 4)
+        padded = F.pad(images, [self.padding] * 4) if self.padding_mode == "constant" else self._reflected(images)
         # Every window as a view, (N, C, offsets, offsets, size, size), of which each image takes one: one gather, no loop.
         windows = padded.unfold(2, self.size, 1).unfold(3, self.size, 1)
         top = _integers(windows.shape[2], images, generator)
         left = _integers(windows.shape[3], images, generator)
         return windows[torch.arange(len(images), device=images.device), :, top, left]
+
+    def _reflected(self, images: Tensor) -> Tensor:
+        # torch pads uint8 with constants only, so its own reflection of the pixels' positions is what is looked up.
+        for axis in (2, 3):
+            positions = torch.arange(images.shape[axis], dtype=torch.float32, device=images.device)
+            reflected = F.pad(positions[None], [self.padding] * 2, mode="reflect")[0].long()
+            images = images.index_select(axis, reflected)
+        return images
 
 
 class RandomHorizontalFlip(BatchTransform):
@@ -42,6 +64,33 @@ class RandomHorizontalFlip(BatchTransform):
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         flipped = torch.rand(len(images), 1, 1, 1, device=images.device, generator=generator) < self.p
         return torch.where(flipped, images.flip(-1), images)
+
+
+class AlternatingFlip(ScheduledTransform):
+    """Mirror each image in every second epoch, half of them in the odd ones: two epochs see each image both ways.
+
+    Jordan, arXiv:2404.00498, section 3.6. Which half is the same for every seed.
+    """
+
+    def __call__(self, images: Tensor, index: Tensor, epoch: int) -> Tensor:
+        coin = (index + 1) * 0x2545F4914F6CDD1D >> 40 & 1  # a bit of a multiplicative hash
+        flipped = ((coin + epoch) % 2 == 0).view(-1, 1, 1, 1)
+        return torch.where(flipped, images.flip(-1), images)
+
+
+class ProgressiveResize(ScheduledTransform):
+    """Shrink the images to `sizes[epoch - 1]` pixels, after the last of them not at all: cheap epochs first.
+
+    Progressive resizing as in fast.ai's DAWNBench entry (Howard et al., 2018); antialiased bilinear interpolation.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = list(sizes)
+
+    def __call__(self, images: Tensor, index: Tensor, epoch: int) -> Tensor:
+        if epoch > len(self.sizes) or self.sizes[epoch - 1] == images.shape[-1]:
+            return images
+        return F.interpolate(images, size=(self.sizes[epoch - 1],) * 2, mode="bilinear", antialias=True)
 
 
 class Cutout(BatchTransform):
@@ -93,10 +142,15 @@ class Augmentation:
     def __init__(self, transforms: Sequence[Callable], normalise: Normalise) -> None:
         self.transforms, self.normalise = list(transforms), normalise
 
-    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+    def __call__(self, images: Tensor, generator: Generator, index: Tensor | None = None, epoch: int = 1) -> Tensor:
+        """`index` (N,) are the images' places in the training set, for scheduled transforms; without it, 0 to N - 1."""
+        if index is None:
+            index = torch.arange(len(images), device=images.device)
         for transform in self.transforms:
             if isinstance(transform, BatchTransform):
                 images = transform(images, generator)
+            elif isinstance(transform, ScheduledTransform):
+                images = transform(images, index, epoch)
             else:
                 images = _per_image(transform, images, generator)
         return self.normalise(images)

@@ -86,6 +86,14 @@ def load(path: Path, network: nn.Module | None = None) -> dict[str, Any]:
     raise CheckpointError(f"No checkpoint in {path}: a run's folder holds checkpoints/{LAST}.")
 
 
+def evaluated_weights(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights that the run evaluates: their moving average where it keeps one, else the network's own."""
+    averaged = state.get("averaged")  # not in the checkpoints of version 0.1.0
+    if averaged is None:
+        return state["model"]
+    return {name.removeprefix("module."): tensor for name, tensor in averaged.items() if name != "n_averaged"}
+
+
 def shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     """What makes two models the same for a checkpoint: the names and shapes of their weights."""
     return {name: tuple(getattr(tensor, "shape", ())) for name, tensor in weights.items()}

@@ -118,22 +118,26 @@ def steps_per_epoch(images: Images, batch_size: int) -> int:
 
 def shuffled_batches(
     images: Images, batch_size: int, seed: int, epoch: int, skip: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of one epoch, (N, C, H, W) uint8 and (N,), in an order set by `seed` and `epoch`, from batch `skip` on."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The batches of one epoch in an order set by `seed` and `epoch`, from batch `skip` on.
+
+    Each is images (N, C, H, W) uint8, labels (N,), and the images' places (N,) in `images`.
+    """
     order = torch.randperm(len(images), generator=seeded(seed, 0, epoch)).to(images.labels.device)
     pixels = images.images.permute(0, 2, 3, 1)  # whole images are contiguous rows in this view
     for index in order.split(batch_size)[skip:]:
-        yield pixels.index_select(0, index).permute(0, 3, 1, 2), images.labels.index_select(0, index)
+        yield pixels.index_select(0, index).permute(0, 3, 1, 2), images.labels.index_select(0, index), index
 
 
 def training_batches(
     images: Images,
-    augment: Callable[[Tensor, Generator], Tensor],
+    augment: Callable[[Tensor, Generator, Tensor, int], Tensor],
     batch_size: int,
     seed: int,
     epoch: int,
     skip: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """As `shuffled_batches`, augmented: each batch's draws are set by `seed`, `epoch` and its place in the epoch."""
-    for batch, (pixels, labels) in enumerate(shuffled_batches(images, batch_size, seed, epoch, skip), start=skip):
-        yield augment(pixels, seeded(seed, 1, epoch, batch, device=pixels.device)), labels
+    batches = shuffled_batches(images, batch_size, seed, epoch, skip)
+    for batch, (pixels, labels, index) in enumerate(batches, start=skip):
+        yield augment(pixels, seeded(seed, 1, epoch, batch, device=pixels.device), index, epoch), labels

@@ -14,6 +14,7 @@ from resnet_cifar.explain import load_pictures
 from resnet_cifar.loop import Evaluation, evaluate
 from resnet_cifar.parts import Parts, build_parts
 from resnet_cifar.recording import Invocation, find_run, recorded
+from resnet_cifar.tracked_run import NoRun
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ def evaluate_checkpoint(cfg: DictConfig, invocation: Invocation) -> None:
         test = evaluate_and_explain(cfg, invocation.folder, built, images)
         trained_epochs = state["progress"]["epoch"] - 1
         tracked_run.log_metrics({"test/loss": test.loss, "test/accuracy": test.accuracy}, step=trained_epochs)
+        if cfg.trainer.flip_tta:
+            log_flip_accuracy(cfg, built, images, tracked_run, trained_epochs)
         tracked_run.set_tags(
             {tracking.NOTE: f"`{cfg.checkpoint}` on {len(images)} test images: **{test.accuracy:.2f}%**"}
         )
@@ -85,10 +88,17 @@ def restore_parts(cfg: DictConfig, state: dict[str, Any]) -> Parts:
     """The parts with the checkpoint's weights."""
     built = build_parts(cfg, tuple(state["classes"]))
     try:
-        built.network.load_state_dict(state["model"])
+        built.network.load_state_dict(checkpoint.evaluated_weights(state))
     except RuntimeError as error:
         raise CheckpointError(f"{cfg.checkpoint} holds another model: {str(error).splitlines()[0]}") from error
     return built
+
+
+def log_flip_accuracy(cfg: DictConfig, built: Parts, images: Images, tracked_run: NoRun, epoch: int) -> None:
+    """The accuracy with test-time augmentation, under a name of its own beside that of the single view."""
+    flipped = evaluate(built.network, images, built.augment.normalise, cfg.data.batch_size, built.precision, flip=True)
+    tracked_run.log_metrics({"test/accuracy_flip_tta": flipped.accuracy}, step=epoch)
+    log.info("Test accuracy %.2f%% with each image's mirror image (flip TTA).", flipped.accuracy)
 
 
 def evaluate_and_explain(cfg: DictConfig, folder: Path, built: Parts, images: Images) -> Evaluation:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resnet_cifar import checkpoint, parts, provenance, report, resume, sweep, tracking
 from resnet_cifar.data import Images, steps_per_epoch, training_batches
 from resnet_cifar.deployed_model import DeployedModel
 from resnet_cifar.environment import without_environment
-from resnet_cifar.evaluation import evaluate_and_explain, evaluate_checkpoint, explain_checkpoint
+from resnet_cifar.evaluation import evaluate_and_explain, evaluate_checkpoint, explain_checkpoint, log_flip_accuracy
 from resnet_cifar.fingerprint import config_hash, source_hash
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord, Training, diverged, fit
 from resnet_cifar.lr_finder import range_test, suggest
@@ -107,10 +108,14 @@ def train_in_stages(cfg: DictConfig, invocation: Invocation) -> Iterator[str]:
             finally:
                 report.draw_curves(folder, evaluated_on, steps)
         checkpoint.keep_only_last(folder / "checkpoints")
+        if training.averaged is not None:
+            built.network.load_state_dict(training.averaged.module.state_dict())
         yield "trained"
         test = evaluate_and_explain(cfg, folder, built, test_images)
         if evaluated_on == "val":
             tracked_run.log_metrics({"test/loss": test.loss, "test/accuracy": test.accuracy}, step=training.epochs)
+        if cfg.trainer.flip_tta:
+            log_flip_accuracy(cfg, built, test_images, tracked_run, training.epochs)
         yield "explained"
         log_model(cfg, built, test_images, tracked_run)
         note = report.training_note(folder, evaluated_on, test, max_lr, run_name(cfg, invocation))
@@ -210,12 +215,13 @@ def find_max_lr(cfg: DictConfig, folder: Path, built: parts.Parts, train_images:
     )
     curve = range_test(
         built.network,
-        parts.build_optimizer(cfg.optimizer, built.network),
+        parts.build_optimizer(cfg.optimizer, cfg.param_groups, built.network),
         batches,
         end_lr=finder.end_lr,
         num_iter=finder.num_iter,
         step_mode=finder.step_mode,
         precision=built.precision,
+        label_smoothing=cfg.trainer.label_smoothing,
     )
     points = list(enumerate(zip(curve.lrs.tolist(), curve.losses.tolist(), strict=True), start=1))
     (folder / "lr_finder.csv").unlink(missing_ok=True)
@@ -237,7 +243,7 @@ def find_max_lr(cfg: DictConfig, folder: Path, built: parts.Parts, train_images:
 def build_training(cfg: DictConfig, built: parts.Parts, train_images: Images, max_lr: float | None) -> Training:
     """Optimizer and schedule over the network, which is compiled where asked for."""
     scheduler = cfg.scheduler if max_lr is None else OmegaConf.merge(cfg.scheduler, {"max_lr": max_lr})
-    optimizer = parts.build_optimizer(cfg.optimizer, built.network)
+    optimizer = parts.build_optimizer(cfg.optimizer, cfg.param_groups, built.network)
     total_steps = cfg.trainer.epochs * steps_per_epoch(train_images, cfg.data.batch_size)
     return Training(
         model=torch.compile(built.network) if cfg.trainer.compile else built.network,
@@ -248,7 +254,16 @@ def build_training(cfg: DictConfig, built: parts.Parts, train_images: Images, ma
         batch_size=cfg.data.batch_size,
         seed=cfg.seed,
         precision=built.precision,
+        label_smoothing=cfg.trainer.label_smoothing,
+        averaged=averaged_model(built.network, cfg.trainer.ema_decay),
     )
+
+
+def averaged_model(network: torch.nn.Module, decay: float) -> AveragedModel | None:
+    """An exponential moving average of weights and batch-norm statistics; None for a decay of 0, the weights themselves."""
+    if decay == 0:
+        return None
+    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def training_state(
@@ -260,6 +275,7 @@ def training_state(
         "classes": list(built.classes),
         "max_lr": max_lr,
         "model": built.network.state_dict(),
+        "averaged": None if training.averaged is None else training.averaged.state_dict(),
         "optimizer": training.optimizer.state_dict(),
         "scheduler": training.scheduler.state_dict(),
         "rng": resume.generator_states(built.device),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 
 from resnet_cifar.augment import Augmentation, Normalise
 from resnet_cifar.data import Images, steps_per_epoch, training_batches
@@ -73,6 +74,8 @@ class Training:
     scheduler: LRScheduler | None = None  # stepped after every batch
     seed: int = 0
     precision: str = "fp32"  # or bf16
+    label_smoothing: float = 0.0  # of the training loss: Szegedy et al., arXiv:1512.00567
+    averaged: AveragedModel | None = None  # updated after every step, and evaluated in the model's place
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -101,7 +104,8 @@ def fit(
             raise diverged(training, train, progress)
         trained = time.perf_counter()
         evaluation = evaluate(
-            training.model, held_out, training.augment.normalise, training.batch_size, training.precision
+            training.averaged or training.model,
+            *(held_out, training.augment.normalise, training.batch_size, training.precision),
         )
         if not math.isfinite(evaluation.loss):  # the last step broke weights that had a finite loss
             raise diverged(training, train, progress)
@@ -132,12 +136,14 @@ def train_epoch(training: Training, train: Images, progress: Progress) -> Iterat
         lr = float(optimizer.param_groups[0]["lr"])
         with autocast(device, training.precision):
             logits = model(images)
-            loss = F.cross_entropy(logits, labels)
+            loss = F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing)
         if device.type == "cpu" and not torch.isfinite(loss):
             raise diverged(training, train, dataclasses.replace(progress, batch=progress.batch + 1, lr=lr))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        if training.averaged is not None:
+            training.averaged.update_parameters(model)
         progress.batch += 1
         progress.lr = lr
         progress.loss_sum += loss.detach() * len(labels)
@@ -151,15 +157,24 @@ def train_epoch(training: Training, train: Images, progress: Progress) -> Iterat
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, images: Images, normalise: Normalise, batch_size: int = 512, precision: str = "fp32"
+    model: nn.Module,
+    images: Images,
+    normalise: Normalise,
+    batch_size: int = 512,
+    precision: str = "fp32",
+    flip: bool = False,
 ) -> Evaluation:
-    """Loss, accuracy and logits on `images`, not augmented; the model's mode is put back."""
+    """Loss, accuracy and logits on `images`, not augmented; the model's mode is put back.
+
+    With `flip` the logits are means over each image and its mirror image: test-time augmentation.
+    """
     was_training = model.training
     model.eval()
     logits = []
     with autocast(images.labels.device, precision):
         for batch in images.images.split(batch_size):
-            logits.append(model(normalise(batch)).float())
+            views = [normalise(batch), normalise(batch.flip(-1))] if flip else [normalise(batch)]
+            logits.append(sum(model(view).float() for view in views) / len(views))
     model.train(was_training)
     all_logits = torch.cat(logits)
     loss = F.cross_entropy(all_logits, images.labels).item()

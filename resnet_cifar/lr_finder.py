@@ -33,6 +33,7 @@ def range_test(
     num_iter: int = 100,
     step_mode: str = "exp",
     precision: str = "fp32",
+    label_smoothing: float = 0.0,
 ) -> RangeTest:
     """Train a copy from the optimizer's learning rate up to `end_lr` over `num_iter` batches (N, C, H, W), (N,).
 
@@ -52,7 +53,7 @@ def range_test(
     model, optimizer = copy.deepcopy((model, optimizer))
     device = next(model.parameters()).device
     model.forward = autocast(device, precision)(model.forward)
-    finder = LRFinder(model, optimizer, nn.CrossEntropyLoss(), device=device)
+    finder = LRFinder(model, optimizer, nn.CrossEntropyLoss(label_smoothing=label_smoothing), device=device)
     silence = io.StringIO()  # torch-lr-finder prints, and draws a bar of its own
     with untouched_generators(), contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
         finder.range_test(Batches(), end_lr=end_lr, num_iter=num_iter, step_mode=step_mode)

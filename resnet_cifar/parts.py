@@ -4,6 +4,7 @@ import functools
 import inspect
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -133,15 +134,28 @@ def build_model(model: DictConfig, num_classes: int, device: torch.device, chann
     return instantiate(model, num_classes=num_classes).to(device, memory_format=memory_format)
 
 
-def build_optimizer(optimizer: DictConfig, model: nn.Module) -> Optimizer:
-    """The optimizer over all the model's parameters."""
-    return instantiate(optimizer, params=model.parameters())
+def build_optimizer(optimizer: DictConfig, param_groups: DictConfig, model: nn.Module) -> Optimizer:
+    """The optimizer over all the model's parameters, the first of its groups being that of the convolutions' weights."""
+    norm_biases = {module.bias for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
+    grouped: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        factor = param_groups.norm_bias_lr_factor if parameter in norm_biases else 1.0
+        decays = param_groups.decay_norm_and_bias or parameter.ndim > 1
+        grouped.setdefault((factor, decays), []).append(parameter)
+    groups = [
+        {"params": parameters, "lr": optimizer.lr * factor, **({} if decays else {"weight_decay": 0.0})}
+        for (factor, decays), parameters in grouped.items()
+    ]
+    return instantiate(optimizer, params=groups)
 
 
 def build_scheduler(scheduler: DictConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
     """The schedule over `total_steps` optimizer steps."""
-    lengths = dict.fromkeys(_length_arguments(scheduler), total_steps)
-    return instantiate(scheduler, optimizer=optimizer, **lengths)
+    supplied: dict[str, Any] = dict.fromkeys(_length_arguments(scheduler), total_steps)
+    groups = optimizer.param_groups
+    if "max_lr" in scheduler and len(groups) > 1:  # one peak for each, in the proportion of their learning rates
+        supplied["max_lr"] = [scheduler.max_lr * group["lr"] / groups[0]["lr"] for group in groups]
+    return instantiate(scheduler, optimizer=optimizer, **supplied)
 
 
 def build_augmentation(augmentation: DictConfig, data: DictConfig, channels_last: bool) -> Augmentation:

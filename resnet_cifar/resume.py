@@ -60,6 +60,8 @@ def _generators(kind: str) -> ModuleType:
 def restore(training: Training, network: torch.nn.Module, progress: Progress, state: dict[str, Any]) -> None:
     """Put a checkpoint's state into the parts, which then go on bit for bit as if they had never stopped."""
     network.load_state_dict(state["model"])
+    if training.averaged is not None:
+        training.averaged.load_state_dict(state["averaged"])
     training.optimizer.load_state_dict(state["optimizer"])
     training.scheduler.load_state_dict(state["scheduler"])
     device = next(network.parameters()).device

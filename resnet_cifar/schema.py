@@ -77,11 +77,13 @@ class OneCycle(TypedDict):
 class CustomResNet(TypedDict):
     width: Positive
     inner_shortcut: bool
+    logit_scale: Positive
 
 
 @open_to_arguments
 class RandomCrop(TypedDict):
     padding: CountOrZero
+    padding_mode: Literal["constant", "reflect"]
 
 
 @open_to_arguments
@@ -129,7 +131,16 @@ class Trainer(TypedDict):
     precision: Literal["auto", "fp32", "bf16"]
     channels_last: bool
     compile: bool
+    label_smoothing: BelowOne
+    ema_decay: BelowOne
+    flip_tta: bool
     checkpoint_minutes: Positive
+
+
+@closed
+class ParamGroups(TypedDict):
+    norm_bias_lr_factor: Positive
+    decay_norm_and_bias: bool
 
 
 @closed
@@ -175,6 +186,7 @@ class Config(TypedDict):
     scheduler: Target
     tracking: Tracking
     trainer: Trainer
+    param_groups: ParamGroups
     lr_finder: LRFinder
     explain: Explain
     sweep: Sweep

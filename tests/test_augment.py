@@ -4,7 +4,15 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from resnet_cifar.augment import Augmentation, Cutout, Normalise, RandomCrop, RandomHorizontalFlip
+from resnet_cifar.augment import (
+    AlternatingFlip,
+    Augmentation,
+    Cutout,
+    Normalise,
+    ProgressiveResize,
+    RandomCrop,
+    RandomHorizontalFlip,
+)
 
 N = 8100
 IDENTITY = Normalise([0.0] * 3, [1 / 255] * 3, channels_last=True)  # pixel values as they are, as floats
@@ -45,6 +53,14 @@ def test_crop_pads_with_zeros_and_keeps_the_pixels():
         assert torch.equal(image, padded[:, top : top + 32, left : left + 32])
 
 
+def test_crop_can_reflect_the_image_at_its_border():
+    images = coordinates(200)
+    cropped = RandomCrop(32, padding=4, padding_mode="reflect")(images, generator())
+    for image, top, left in zip(cropped, *crop_offsets(cropped), strict=True):
+        padded = torch.nn.functional.pad(images[0].float(), [4] * 4, mode="reflect")
+        assert torch.equal(image.float(), padded[:, top : top + 32, left : left + 32])
+
+
 def test_crop_reaches_what_torchvision_reaches():
     torch.manual_seed(0)
     theirs = torch.stack([v2.RandomCrop(32, padding=4)(image) for image in coordinates(1500)])
@@ -65,6 +81,36 @@ def test_flip_probability_is_kept_at_its_ends(p, expected):
     images = coordinates(64)
     flipped = RandomHorizontalFlip(p)(images, generator())
     assert (flipped != images).flatten(1).any(1).sum() == expected
+
+
+def mirrored(index, epoch):
+    images = coordinates(len(index))
+    flipped = AlternatingFlip()(images, index, epoch)
+    return (flipped == images.flip(-1)).flatten(1).all(1)
+
+
+def test_alternating_flip_mirrors_half_of_the_images_and_the_others_in_the_next_epoch():
+    index = torch.arange(N)
+    first = mirrored(index, epoch=1)
+    assert abs(first.float().mean().item() - 0.5) < 4 * 0.5 / N**0.5  # four standard deviations
+    assert torch.equal(mirrored(index, epoch=2), ~first) and torch.equal(mirrored(index, epoch=3), first)
+
+
+def test_alternating_flip_goes_by_the_image_and_not_by_its_place_in_the_batch():
+    order = torch.randperm(N, generator=generator())
+    assert torch.equal(mirrored(order, epoch=1), mirrored(torch.arange(N), epoch=1)[order])
+
+
+def test_progressive_resize_follows_the_epochs_and_ends_at_full_size():
+    resize = Augmentation([ProgressiveResize([16, 24])], IDENTITY)
+    shapes = [resize(coordinates(2), generator(), epoch=epoch).shape[-2:] for epoch in (1, 2, 3)]
+    assert shapes == [(16, 16), (24, 24), (32, 32)]
+
+
+def test_progressive_resize_averages_what_it_shrinks():
+    halved = ProgressiveResize([16])(coordinates(1), torch.zeros(1), 1)
+    rows = halved[0, 0, 2:-2, 0].float()  # antialiased, a pixel covers two rows and a bit: 2i + 1.5, rounded
+    assert (rows - (2 * torch.arange(2, 14) + 1.5)).abs().max() <= 0.5
 
 
 def erased_corners(erased, fill):

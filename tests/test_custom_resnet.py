@@ -122,3 +122,17 @@ def test_output_is_logits_of_the_number_of_classes():
     logits = CustomResNet(num_classes=7, width=0.125)(torch.randn(3, 3, 32, 32))
     assert logits.shape == (3, 7)
     assert not torch.allclose(logits.exp().sum(1), torch.ones(3))
+
+
+def test_logits_can_be_scaled():
+    torch.manual_seed(0)
+    plain, scaled = CustomResNet(width=0.125).eval(), CustomResNet(width=0.125, logit_scale=0.125).eval()
+    scaled.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(scaled(images), plain(images) * 0.125)
+
+
+def test_smaller_images_are_pooled_whole():
+    network = CustomResNet(width=0.125).eval()
+    for size in (16, 24):
+        assert network(torch.randn(2, 3, size, size)).shape == (2, 10)

@@ -82,18 +82,18 @@ def test_held_out_images_are_no_training_images_and_always_the_same():
 
 def test_an_epoch_has_every_image_once_and_the_smaller_batch_last():
     batches = list(shuffled_batches(numbered(), 32, seed=0, epoch=1))
-    assert [len(labels) for _, labels in batches] == [32, 32, 32, 4]
+    assert [len(labels) for _, labels, _ in batches] == [32, 32, 32, 4]
     assert steps_per_epoch(numbered(), 32) == 4
-    assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == list(range(100))
+    assert sorted(torch.cat([labels for _, labels, _ in batches]).tolist()) == list(range(100))
 
 
-def test_images_stay_with_their_labels():
-    for images, labels in shuffled_batches(numbered(), 32, seed=0, epoch=1):
-        assert torch.equal(images[:, 0, 0, 0].long(), labels)
+def test_images_stay_with_their_labels_and_places():
+    for images, labels, index in shuffled_batches(numbered(), 32, seed=0, epoch=1):
+        assert torch.equal(images[:, 0, 0, 0].long(), labels) and torch.equal(index, labels)
 
 
 def order(**key):
-    return torch.cat([labels for _, labels in shuffled_batches(numbered(), 32, **key)]).tolist()
+    return torch.cat([labels for _, labels, _ in shuffled_batches(numbered(), 32, **key)]).tolist()
 
 
 def test_order_is_set_by_seed_and_epoch():
@@ -103,7 +103,7 @@ def test_order_is_set_by_seed_and_epoch():
 
 
 def test_skipped_batches_change_nothing_about_the_rest():
-    def draw(images, generator):
+    def draw(images, generator, index, epoch):
         return images + torch.randint(0, 100, (len(images), 1, 1, 1), generator=generator)
 
     whole = [images for images, _ in training_batches(numbered(), draw, 32, seed=0, epoch=3)]

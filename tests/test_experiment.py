@@ -289,6 +289,25 @@ def test_held_out_images_are_looked_at_each_epoch_and_the_test_once(start):
     assert "lr_finder/lr" not in run.tracked.data.metrics
 
 
+def test_the_ingredients_of_more_accurate_trainings_work_together(start):
+    ingredients = (
+        *("optimizer=sgd", "scheduler.max_lr=0.05", "augmentation=crop_alternating_flip_cutout"),
+        *("trainer.label_smoothing=0.1", "trainer.ema_decay=0.5", "trainer.flip_tta=true", "model.logit_scale=0.125"),
+        *("param_groups.norm_bias_lr_factor=4", "param_groups.decay_norm_and_bias=false", "trainer.precision=fp32"),
+    )
+    run = start(*ingredients, "explain.num_images=1")
+    assert run.code == 0, run.output
+    [(step, accuracy)] = run.history("test/accuracy_flip_tta")
+    assert step == 2 and 0 <= accuracy <= 100
+    again = start(
+        *("task=evaluate", f"checkpoint={run.folder}", "trainer.precision=fp32", "trainer.flip_tta=true"), base=run
+    )
+    # The averaged weights are those that were evaluated, kept, and are found again.
+    assert again.table("predictions.csv") == run.table("predictions.csv")
+    assert again.history("test/accuracy")[-1] == run.history("test/accuracy")[-1]
+    assert again.history("test/accuracy_flip_tta") == [(2, accuracy)]
+
+
 def test_the_same_command_gives_the_same_numbers_without_tracking_too(trained, start):
     again = start("seed=0", "tracking=none")
     assert again.code == 0, again.output

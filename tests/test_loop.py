@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resnet_cifar import compose, data, loop, parts
 from resnet_cifar.augment import Augmentation, Cutout, Normalise, RandomCrop
@@ -34,7 +35,7 @@ def reference_schedule(model):
     """Optimizer and schedule as the default configuration builds them, with the reference's max_lr."""
     arguments = compose.parse_arguments(["scheduler.max_lr=0.013530477745798068"])
     [(cfg, _)] = compose.compose(arguments).jobs
-    optimizer = parts.build_optimizer(cfg.optimizer, model)
+    optimizer = parts.build_optimizer(cfg.optimizer, cfg.param_groups, model)
     return optimizer, parts.build_scheduler(cfg.scheduler, optimizer, EPOCHS * STEPS), cfg
 
 
@@ -183,6 +184,52 @@ def test_bf16_is_autocast_and_the_weights_stay_fp32():
     assert half != full
     assert half[-1][2] == pytest.approx(full[-1][2], rel=0.05)
     assert {weights.dtype for weights in reference.model.parameters()} == {torch.float32}
+
+
+# Ingredients
+
+
+def averaging(decay):
+    parts_ = training(epochs=1)
+    parts_.averaged = AveragedModel(parts_.model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    return parts_
+
+
+def test_the_average_follows_the_weights_step_by_step_and_is_what_is_evaluated():
+    parts_, expected = averaging(0.75), None
+    for record in fit(parts_, synthetic(40), synthetic(20, seed=1)):
+        if isinstance(record, StepRecord):
+            weights = parts_.model[-1].weight.detach()
+            expected = weights.clone() if expected is None else 0.75 * expected + 0.25 * weights
+    torch.testing.assert_close(parts_.averaged.module[-1].weight.detach(), expected)
+    of_average = evaluate(parts_.averaged, synthetic(20, seed=1), normalise())
+    assert record.eval_loss == of_average.loss != evaluate(parts_.model, synthetic(20, seed=1), normalise()).loss
+
+
+def test_the_averages_statistics_are_averages_too():
+    parts_ = averaging(0.75)
+    run(parts_)
+    own, averaged = (model[1].running_mean for model in (parts_.model, parts_.averaged.module))
+    assert not torch.equal(own, averaged) and averaged.abs().sum() > 0
+
+
+def test_label_smoothing_is_in_the_training_loss_and_not_in_the_evaluation():
+    plain, smooth = training(epochs=1, lr=1e-9), training(epochs=1, lr=1e-9)
+    smooth.label_smoothing = 0.2
+    (first, *_, last), (plain_first, *_, plain_last) = run(smooth), run(plain)
+    assert first.loss != plain_first.loss
+    assert last.eval_loss == pytest.approx(plain_last.eval_loss, rel=1e-5)
+
+
+def test_flip_averages_the_logits_of_both_views():
+    model, images = training().model.eval(), synthetic(20)
+    views = [evaluate(model, data.Images(pixels, *rest), normalise()) for pixels, *rest in both_views(images)]
+    both = evaluate(model, images, normalise(), flip=True)
+    torch.testing.assert_close(both.logits, (views[0].logits + views[1].logits) / 2)
+
+
+def both_views(images):
+    return [(pixels, images.labels, images.classes) for pixels in (images.images, images.images.flip(-1))]
 
 
 # Stopping and going on

@@ -106,6 +106,7 @@ def test_a_wrong_value_is_named_with_its_key_and_what_is_allowed(override, part)
         ("data.train_size=100", "data.batch_size=512 should be at most data.train_size=100"),
         ("data.train_size=600 data.val_size=600", "data.val_size=600 should be below data.train_size=600"),
         ("lr_finder.end_lr=0.001", "lr_finder.end_lr=0.001 should be above optimizer.lr=0.001"),
+        ("param_groups.norm_bias_lr_factor=64", "give scheduler.max_lr as a number"),
         ("scheduler.max_lr=0.1 optimizer.lr=0.01", "optimizer.lr=0.01 would do nothing"),
         ("tracking.uri=postgres://host/db", "postgresql://"),
         ("tracking.uri=mlruns", "tracking.uri=mlruns should be a database or a server"),
