@@ -1,0 +1,251 @@
+"""How fast we train, against the assignment's loop, PyTorch Lightning and the machine's limits, in one go.
+
+Every part adds its measurements to results.csv; the tables and the plot are made of all that is there, as medians. To
+start anew, delete the file. What is measured and how: README.md beside this file.
+
+    python experiments/speed/benchmark.py --data-root ../shared/data
+    python experiments/speed/benchmark.py --data-root ../shared/data --only step --widths 0.125 --repeats 1
+"""
+
+import argparse
+import csv
+import importlib.util
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this file, also for whoever imports it
+import competitors
+import data_path
+import run_around
+
+from resnet_cifar.parts import choose_device, choose_precision
+
+FOLDER = Path(__file__).parent
+SIDES = {
+    "ours": competitors.ours,
+    "assignment": competitors.assignment,
+    "lightning": competitors.lightning,
+    "lightning_tuned": competitors.lightning_tuned,
+    "bare_step": competitors.bare_step,
+}
+LIMIT = "arithmetic_limit"
+NAMES = {
+    "ours": "(a) our training path",
+    "assignment": "(b) the assignment's loop",
+    "lightning": "(c) PyTorch Lightning",
+    "lightning_tuned": "(c') Lightning, tuned",
+    "bare_step": "(d) bare step, one batch",
+    LIMIT: "(e) arithmetic limit",
+}
+# Steps by width, of which the first are not counted: about as long for each width on 2 cores.
+STEPS = {0.125: (65, 10), 0.5: (9, 2), 1.0: (4, 1)}
+# What issue 10 asks of ours divided by the side, by the precision that the processor's instructions give.
+TARGETS = {
+    "bf16": {
+        ("assignment", 0.125): 3.4,
+        ("assignment", 1.0): 2.7,
+        ("lightning", 0.125): 3.4,
+        ("lightning", 1.0): 2.7,
+        ("lightning_tuned", 0.125): 1.3,
+        ("lightning_tuned", 0.5): 1.0,
+        ("lightning_tuned", 1.0): 1.0,
+        **{("bare_step", width): 0.95 for width in STEPS},
+    },
+    "fp32": {
+        ("assignment", 0.125): 1.9,
+        ("assignment", 1.0): 1.25,
+        ("lightning", 0.125): 1.9,
+        ("lightning", 1.0): 1.25,
+        **{("bare_step", width): 0.95 for width in STEPS},
+    },
+}
+INSTRUCTIONS = (
+    "avx2",
+    "avx512_f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "sve",
+    "sve_bf16",
+)  # those that set the speed
+FIELDS = ("machine", "part", "item", "width", "value", "unit", "target")
+
+
+def machine(device: torch.device, precision: str) -> str:
+    """Processor, its instructions or the GPU, threads, precision and torch: what measurements are compared within."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        instructions = " ".join(key for key in INSTRUCTIONS if capabilities.get(key))
+        name = f"{processor()} ({instructions})"
+    return f"{name}, {torch.get_num_threads()} threads, {precision}, torch {torch.__version__}"
+
+
+def processor() -> str:
+    """The processor as `lscpu` names it, with family and model, since virtual machines hide the product's name."""
+    try:
+        table = subprocess.run(["lscpu"], capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}).stdout
+    except FileNotFoundError:  # not Linux
+        return platform.processor()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in table.splitlines())}
+    return ", ".join(f"{key} {fields[key]}" for key in ("Model name", "CPU family", "Model") if key in fields)
+
+
+def training_steps(arguments: argparse.Namespace, device: torch.device, precision: str) -> list[dict]:
+    """A row for each side and repeat: one repeat is all sides one after another, so that what disturbs one disturbs all."""
+    rows = []
+    sides = [side for side in SIDES if "lightning" not in side or has_lightning()]
+    for width in arguments.widths:
+        steps, warmup = STEPS.get(width, (12, 2))
+        steps = arguments.steps or steps
+        setting = competitors.Setting(
+            *(width, steps, min(warmup, steps - 1), arguments.data_root, device, precision, arguments.batch_size)
+        )
+        for repeat in range(arguments.repeats):
+            rates = {side: competitors.training_rate(SIDES[side], setting) for side in sides}
+            rates[LIMIT] = competitors.arithmetic_limit(setting)
+            print(f"width {width}, repeat {repeat + 1}:", *(f"{side} {rate:.1f}" for side, rate in rates.items()))
+            targets = TARGETS[precision] if device.type == "cpu" else {}
+            for side, rate in rates.items():
+                target = targets.get((side, width), "")
+                rows.append(row("step", side, rate, "images/s", target and f"ours / this >= {target}", width))
+    return rows
+
+
+def has_lightning() -> bool:
+    """Whether PyTorch Lightning is installed; else one line says how to install it, and its rows stay away."""
+    if importlib.util.find_spec("lightning"):
+        return True
+    print('PyTorch Lightning is not installed, (c) is left out: pip install -e ".[speed]"', file=sys.stderr)
+    return False
+
+
+def row(part: str, item: str, value: float, unit: str, target: str = "", width: float | str = "") -> dict:
+    """One measurement, without its machine."""
+    return {"part": part, "item": item, "width": width, "value": value, "unit": unit, "target": target}
+
+
+def append(path: Path, rows: Sequence[dict]) -> None:
+    """Add measurements to the CSV file."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def measured(path: Path, on: str) -> dict[tuple[str, str, str], list[dict]]:
+    """The measurements of one machine by part, width and item, in the order in which they were first made."""
+    groups: dict[tuple[str, str, str], list[dict]] = {}
+    with path.open(newline="") as file:
+        for entry in csv.DictReader(file):
+            if entry["machine"] == on:
+                groups.setdefault((entry["part"], entry["width"], entry["item"]), []).append(entry)
+    return groups
+
+
+def median(entries: Sequence[dict]) -> float:
+    """The median of the measurements of one thing."""
+    return statistics.median(float(entry["value"]) for entry in entries)
+
+
+def step_table(groups: dict[tuple[str, str, str], list[dict]]) -> list[str]:
+    """Markdown: images/s of each side at each width and how many times as fast ours is."""
+    lines = ["| width | side | images/s, median (min - max, repeats) | ours / this | target |", "|---|---|---|---|---|"]
+    for (part, width, side), entries in sorted(groups.items(), key=lambda group: float(group[0][1] or 0)):
+        if part != "step":
+            continue
+        rates = [float(entry["value"]) for entry in entries]
+        ratio = median(groups["step", width, "ours"]) / median(entries)
+        target = entries[0]["target"].rpartition(" ")[2]
+        lines.append(
+            f"| {width} | {NAMES[side]} | {median(entries):,.1f} ({min(rates):,.1f} - {max(rates):,.1f}, {len(rates)}) "
+            f"| {ratio:.2f} | {target and f'>= {target}'} |"
+        )
+    return lines
+
+
+def part_table(groups: dict[tuple[str, str, str], list[dict]], part: str) -> list[str]:
+    """Markdown: the measurements of the data path, or of the run around the training."""
+    lines = [f"| {part} | median (min - max, repeats) | target |", "|---|---|---|"]
+    for (its_part, _, item), entries in groups.items():
+        values, unit = [float(entry["value"]) for entry in entries], entries[0]["unit"]
+        if its_part == part:
+            spread = f"({min(values):,.2f} - {max(values):,.2f}, {len(values)})"
+            lines.append(f"| {item} | {median(entries):,.2f} {unit} {spread} | {entries[0]['target']} |")
+    return lines
+
+
+def plot(groups: dict[tuple[str, str, str], list[dict]], title: str, path: Path) -> None:
+    """A group of bars for each width, logarithmic: the median of each side, the spread as a line."""
+    from matplotlib.figure import Figure
+
+    widths = sorted({width for part, width, _ in groups if part == "step"}, key=float)
+    sides = [side for side in NAMES if any(("step", width, side) in groups for width in widths)]
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, side in enumerate(sides):
+        places = [place for place, width in enumerate(widths) if ("step", width, side) in groups]
+        entries = [groups["step", widths[place], side] for place in places]
+        medians = [median(group) for group in entries]
+        values = [[float(entry["value"]) for entry in group] for group in entries]
+        below = [middle - min(group) for middle, group in zip(medians, values, strict=True)]
+        above = [max(group) - middle for middle, group in zip(medians, values, strict=True)]
+        offset = (number - (len(sides) - 1) / 2) * 0.8 / len(sides)
+        axes.bar(
+            [place + offset for place in places], medians, 0.75 / len(sides), yerr=(below, above), label=NAMES[side]
+        )
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(widths)), [f"width {width}" for width in widths])
+    axes.set_ylabel("training images/s")
+    axes.set_title(title, fontsize=8)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("step", "data", "run", "table"), help="one part; table measures nothing")
+    parser.add_argument("--widths", type=float, nargs="+", default=list(STEPS))
+    parser.add_argument("--steps", type=int, help="a repeat's optimizer steps, warm-up included (default: by width)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--data-root", default="data", help="the folder that holds cifar-10-batches-py")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="the folder of results.csv and the plot")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what is asked for, add it to results.csv, print the tables and draw the plot."""
+    arguments = parse(argv)
+    device = choose_device(arguments.device)
+    precision = choose_precision("auto", device)
+    on, results = machine(device, precision), arguments.output / "results.csv"
+    print(on)
+    measurements = {
+        "step": lambda: training_steps(arguments, device, precision),
+        "data": lambda: [row("data", *entry) for entry in data_path.measure(arguments.data_root, arguments.repeats)],
+        "run": lambda: [row("run", *entry) for entry in run_around.measure(arguments.data_root, arguments.repeats)],
+    }
+    for part, measure in measurements.items():
+        if arguments.only in (None, part):
+            append(results, [{"machine": on, **entry} for entry in measure()])
+    groups = measured(results, on)
+    print("", *step_table(groups), "", *part_table(groups, "data"), "", *part_table(groups, "run"), sep="\n")
+    if any(part == "step" for part, _, _ in groups):
+        plot(groups, on, arguments.output / "images_per_second.png")
+
+
+if __name__ == "__main__":
+    main()

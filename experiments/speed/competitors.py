@@ -1,0 +1,247 @@
+"""The sides of the comparison: each trains the same network on the same CIFAR-10 and tells a stopwatch of every step.
+
+`ours` is this package as `run.py` sets it up, `assignment` the loop that a student would write, `lightning` and
+`lightning_tuned` the same under PyTorch Lightning, `bare_step` the network's step alone, on one batch that lies ready.
+"""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import datasets, transforms
+from tqdm import tqdm
+
+from resnet_cifar import experiment, parts
+from resnet_cifar.compose import compose, parse_arguments
+from resnet_cifar.custom_resnet import CustomResNet
+from resnet_cifar.data import training_batches
+from resnet_cifar.loop import Progress, autocast, train_epoch
+
+MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]
+WORKERS = 2
+MAX_LR = 0.01
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, on what, and how many optimizer steps, of which the first `warmup` are not counted."""
+
+    width: float
+    steps: int
+    warmup: int
+    data_root: str
+    device: torch.device
+    precision: str  # what trainer.precision=auto comes to
+    batch_size: int = 512
+
+
+class Stopwatch:
+    """Images/s from the end of the last warm-up step to the end of the last step; a GPU is waited for only there."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.steps, self.started, self.stopped = setting, 0, 0.0, 0.0
+
+    def step(self) -> bool:
+        """Note the end of a step; True after the last."""
+        self.steps += 1
+        if self.steps not in (self.setting.warmup, self.setting.steps):
+            return False
+        if self.setting.device.type == "cuda":
+            torch.cuda.synchronize()
+        if self.steps == self.setting.warmup:
+            self.started = perf_counter()
+            return False
+        self.stopped = perf_counter()
+        return True
+
+    @property
+    def images_per_second(self) -> float:
+        counted = self.setting.steps - self.setting.warmup
+        return counted * self.setting.batch_size / (self.stopped - self.started)
+
+
+def configuration(setting: Setting) -> DictConfig:
+    """The configuration of `run.py` for this setting."""
+    overrides = (f"model.width={setting.width}", f"data.root={setting.data_root}", f"scheduler.max_lr={MAX_LR}")
+    arguments = parse_arguments([*overrides, f"data.batch_size={setting.batch_size}"])
+    return compose(arguments).jobs[0][0]
+
+
+def ours(setting: Setting, watch: Stopwatch) -> None:
+    """(a) This package: the parts and the loop of `run.py`, precision auto."""
+    cfg = configuration(setting)
+    train = parts.load_train_and_val(cfg.data)[0].to(setting.device)
+    training = experiment.build_training(cfg, parts.build_parts(cfg, train.classes), train, MAX_LR)
+    for epoch in range(1, training.epochs + 1):
+        for _ in train_epoch(training, train, Progress(epoch=epoch)):
+            if watch.step():
+                return
+
+
+def student_loader(setting: Setting, **options: bool) -> DataLoader:
+    """The assignment's transforms, image by image, in worker processes: crop, flip, normalise, an 8x8 cutout of zeros."""
+    transform = transforms.Compose(
+        [
+            transforms.RandomCrop(32, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+            transforms.RandomErasing(p=1, scale=(1 / 16, 1 / 16), ratio=(1, 1), value=0),
+        ]
+    )
+    images = datasets.CIFAR10(setting.data_root, train=True, transform=transform)
+    pin_memory = setting.device.type == "cuda"
+    return DataLoader(images, setting.batch_size, True, num_workers=WORKERS, pin_memory=pin_memory, **options)
+
+
+def assignment(setting: Setting, watch: Stopwatch) -> None:
+    """(b) The loop of the assignment as a student writes it: DataLoader, default layout, float32, Adam, tqdm."""
+    loader, model = student_loader(setting), CustomResNet(width=setting.width).to(setting.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-7)
+    scheduler = OneCycleLR(optimizer, MAX_LR, epochs=24, steps_per_epoch=len(loader), pct_start=5 / 24)
+    criterion, correct, seen = nn.CrossEntropyLoss(), 0, 0
+    model.train()
+    for _epoch in range(24):
+        bar = tqdm(loader)
+        for images, labels in bar:
+            images, labels = images.to(setting.device), labels.to(setting.device)
+            optimizer.zero_grad()
+            logits = model(images)
+            loss = criterion(logits, labels)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            correct += (logits.argmax(1) == labels).sum().item()
+            seen += len(labels)
+            bar.set_description(f"loss={loss.item():.4f} accuracy={100 * correct / seen:.2f}")
+            if watch.step():
+                return
+
+
+def lightning(setting: Setting, watch: Stopwatch) -> None:
+    """(c) The same under PyTorch Lightning with its MLflow logger."""
+    _lightning(setting, watch, precision="32-true", channels_last=False)
+
+
+def lightning_tuned(setting: Setting, watch: Stopwatch) -> None:
+    """(c') Lightning as its manual advises: bf16-mixed where the hardware has it, channels last, workers that stay."""
+    precision = "bf16-mixed" if setting.precision == "bf16" else "32-true"
+    _lightning(setting, watch, precision, channels_last=True, persistent_workers=True)
+
+
+def _lightning(setting: Setting, watch: Stopwatch, precision: str, channels_last: bool, **options: bool) -> None:
+    import lightning as L
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    loader = student_loader(setting, **options)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = CustomResNet(width=setting.width).to(memory_format=layout)
+
+        def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
+            images, labels = batch
+            logits = self.model(images.contiguous(memory_format=layout))
+            loss = F.cross_entropy(logits, labels)
+            self.log("train_loss", loss, prog_bar=True)
+            self.log("train_accuracy", (logits.argmax(1) == labels).float().mean(), prog_bar=True)
+            return loss
+
+        def configure_optimizers(self) -> dict:
+            optimizer = torch.optim.Adam(self.parameters(), lr=1e-3, weight_decay=1e-7)
+            schedule = OneCycleLR(optimizer, MAX_LR, epochs=24, steps_per_epoch=len(loader), pct_start=5 / 24)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    class Watched(L.Callback):
+        def on_train_batch_end(self, *_: object) -> None:
+            watch.step()
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            max_steps=setting.steps,
+            accelerator="gpu" if setting.device.type == "cuda" else "cpu",
+            precision=precision,
+            logger=MLFlowLogger("speed", tracking_uri=f"sqlite:///{folder}/mlflow.db", artifact_location=folder),
+            callbacks=[Watched()],
+            default_root_dir=folder,
+        )
+        trainer.fit(Module(), loader)
+
+
+def bare_step(setting: Setting, watch: Stopwatch) -> None:
+    """(d) Forward, backward and Adam's step on one batch that lies ready, channels last, our precision: our loop's ceiling."""
+    cfg = configuration(setting)
+    train = parts.load_train_and_val(cfg.data)[0].to(setting.device)
+    built = parts.build_parts(cfg, train.classes)
+    optimizer = parts.build_optimizer(cfg.optimizer, built.network)
+    images, labels = next(training_batches(train, built.augment, setting.batch_size, seed=0, epoch=1))
+    built.network.train()
+    for _ in count():
+        with autocast(setting.device, setting.precision):
+            loss = F.cross_entropy(built.network(images), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if watch.step():
+            return
+
+
+def matrix_product_flops(device: torch.device, precision: str, size: int = 4096, seconds: float = 2.0) -> float:
+    """FLOP/s of the best of the products of two square matrices that fit into `seconds`, after one to warm up."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    left @ right
+    best, ends = float("inf"), perf_counter() + seconds
+    while perf_counter() < ends:
+        started = perf_counter()
+        left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def flop_per_image(width: float) -> int:
+    """FLOP of the convolutions and the linear layer to train on one image: two per multiply-add, forward and backward.
+
+    Counted by torch on a real step: the backward pass of each layer costs twice its forward pass, but for the first
+    convolution, whose input needs no gradient. Batch norm, pooling, activations and optimizer are not in it.
+    """
+    model, labels = CustomResNet(width=width), torch.zeros(2, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(model(torch.zeros(2, 3, 32, 32)), labels).backward()
+    return counter.get_total_flops() // 2
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Progress bars are drawn, and go nowhere."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def training_rate(train: Callable[[Setting, Stopwatch], None], setting: Setting) -> float:
+    """Images/s of one side."""
+    watch = Stopwatch(setting)
+    torch.manual_seed(0)
+    with silent():
+        train(setting, watch)
+    return watch.images_per_second
+
+
+def arithmetic_limit(setting: Setting) -> float:
+    """(e) Images/s if a training step were nothing but matrix products at their measured speed."""
+    return matrix_product_flops(setting.device, setting.precision) / flop_per_image(setting.width)

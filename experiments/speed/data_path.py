@@ -1,0 +1,53 @@
+"""The data path alone: batches of 512 by ours and by a DataLoader's workers, and the memory that a data set takes."""
+
+import resource
+import time
+from collections.abc import Iterator
+
+import competitors
+import torch
+from omegaconf import DictConfig
+
+from resnet_cifar import parts
+from resnet_cifar.data import Images, training_batches
+
+Entry = tuple[str, float, str, str]  # what, value, unit, target
+OURS, LOADER = "our data path", "per-image transforms in a DataLoader with 2 workers"
+
+
+def measure(data_root: str, repeats: int) -> Iterator[Entry]:
+    """Images/s of both sides and their ratio, `repeats` times in turn; once the memory."""
+    setting = competitors.Setting(1.0, 0, 0, data_root, torch.device("cpu"), "fp32")
+    cfg = competitors.configuration(setting)
+    before = peak_memory()
+    train = parts.load_train_and_val(cfg.data)[0]
+    yield "training set as a uint8 tensor", train.images.nbytes / 1e6, "MB", ""
+    yield "peak memory that loading it adds", peak_memory() - before, "MB", ""
+    augment, loaded = parts.build_parts(cfg, train.classes).augment, peak_memory()
+    for epoch in range(1, repeats + 1):
+        ours = rate(training_batches(train, augment, 512, seed=0, epoch=epoch), counted=80)
+        loader = rate(iter(competitors.student_loader(setting)), counted=60)
+        yield OURS, ours, "images/s", ""
+        yield LOADER, loader, "images/s", ""
+        yield "ratio", ours / loader, "x", ">= 20"
+    yield f"peak memory that {repeats} epochs of our data path add", peak_memory() - loaded, "MB", "no copy of the set"
+    yield "copies of the pixels that a second job makes", float(copies(train, cfg)), "", "0"
+
+
+def rate(batches: Iterator, counted: int, warmup: int = 8) -> float:
+    """Images/s of `counted` batches after the first ones, in which the workers start and their queues settle."""
+    for _ in range(warmup):
+        next(batches)
+    started = time.perf_counter()
+    images = sum(len(next(batches)[1]) for _ in range(counted))
+    return images / (time.perf_counter() - started)
+
+
+def peak_memory() -> float:
+    """The most memory (MB) that this process had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def copies(train: Images, cfg: DictConfig) -> int:
+    """Whether loading again, as a sweep's next job does, has other memory behind it."""
+    return int(parts.load_train_and_val(cfg.data)[0].images.data_ptr() != train.images.data_ptr())

@@ -1,0 +1,51 @@
+"""The speed study's script: what it measures in a tiny run, and the table it makes of that."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("CIFAR10_ROOT", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    sys.path.insert(0, str(ROOT / "experiments" / "speed"))
+    yield importlib.import_module("benchmark")
+    sys.path.remove(str(ROOT / "experiments" / "speed"))
+
+
+def measurements(benchmark, **rates):
+    rows = [benchmark.row("step", side, rate, "images/s", "", 0.125) for side, each in rates.items() for rate in each]
+    return [{"machine": "this", **row} for row in rows]
+
+
+def test_the_table_has_medians_spread_and_our_median_over_theirs(benchmark, tmp_path):
+    path = tmp_path / "results.csv"
+    benchmark.append(path, measurements(benchmark, ours=[90, 120, 100], assignment=[20, 30]))
+    benchmark.append(path, measurements(benchmark, assignment=[25]))  # a later call adds to the first
+    benchmark.append(path, [{"machine": "another", **benchmark.row("step", "ours", 1e6, "images/s", "", 0.125)}])
+    table = benchmark.step_table(benchmark.measured(path, "this"))
+    assert "| 0.125 | (a) our training path | 100.0 (90.0 - 120.0, 3) | 1.00 |  |" in table
+    assert "| 0.125 | (b) the assignment's loop | 25.0 (20.0 - 30.0, 3) | 4.00 |  |" in table
+    assert len(table) == 4
+
+
+def test_the_flop_of_the_whole_network_are_the_assignments(benchmark):
+    forward = 2 * 7.59e9 / 20  # the assignment's table: 7.59 G multiply-adds for 20 images
+    first_convolution = 2 * 35_389_440 / 20
+    assert benchmark.competitors.flop_per_image(1.0) == pytest.approx(3 * forward - first_convolution, rel=1e-3)
+
+
+@pytest.mark.parametrize("side", ["ours", "assignment", "bare_step"])
+def test_the_stopwatch_leaves_warm_up_out(benchmark, monkeypatch, side):
+    if not (DATA / "cifar-10-batches-py").is_dir():
+        pytest.skip(f"no CIFAR-10 in {DATA}: set CIFAR10_ROOT")
+    competitors = benchmark.competitors
+    setting = competitors.Setting(0.125, 3, 1, str(DATA), competitors.torch.device("cpu"), "fp32", batch_size=8)
+    ticks = iter([10.0, 14.0])  # seconds: the end of the warm-up and the end of the last step
+    monkeypatch.setattr(competitors, "perf_counter", lambda: next(ticks))
+    assert competitors.training_rate(benchmark.SIDES[side], setting) == 2 * 8 / 4
