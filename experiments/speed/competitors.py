@@ -186,7 +186,7 @@ def bare_step(setting: Setting, watch: Stopwatch) -> None:
     cfg = configuration(setting)
     train = parts.load_train_and_val(cfg.data)[0].to(setting.device)
     built = parts.build_parts(cfg, train.classes)
-    optimizer = parts.build_optimizer(cfg.optimizer, built.network)
+    optimizer = parts.build_optimizer(cfg.optimizer, cfg.param_groups, built.network)
     images, labels = next(training_batches(train, built.augment, setting.batch_size, seed=0, epoch=1))
     built.network.train()
     for _ in count():
