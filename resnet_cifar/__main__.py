@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from resnet_cifar import own_gpu, sweep
+from resnet_cifar import sweep, sweep_worker
 from resnet_cifar.compose import CONF, VERSION_BASE, Composition, compose, parse_arguments
 from resnet_cifar.errors import ConfigError, StorageError, UserError
 from resnet_cifar.passwords import without_passwords
@@ -91,7 +91,8 @@ def job(cfg: DictConfig) -> float | None:
         if sweep.is_finished():
             return None
         if "joblib" in HydraConfig.get().launcher["_target_"]:
-            own_gpu.take(Path(HydraConfig.get().sweep.dir))
+            sweep_worker.end_with_sweep()
+            sweep_worker.take_gpu(Path(HydraConfig.get().sweep.dir))
         from resnet_cifar import experiment  # late: torch alone takes seconds
 
         return experiment.run(cfg)

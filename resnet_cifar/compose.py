@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from resnet_cifar.errors import ConfigError
 from resnet_cifar.fingerprint import config_hash, sweep_id
 from resnet_cifar.suggestions import did_you_mean, keys
+from resnet_cifar.sweep_worker import gpus_of_a_job
 
 VERSION_BASE = "1.3"
 PACKAGE = Path(__file__).resolve().parent
@@ -75,6 +76,7 @@ def presets() -> str:
 # When imported, so that the worker processes of a parallel launcher have them too.
 OmegaConf.register_new_resolver("outputs", outputs, replace=True)
 OmegaConf.register_new_resolver("presets", presets, replace=True)
+OmegaConf.register_new_resolver("gpus_of_a_job", gpus_of_a_job, replace=True)
 OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(3), use_cache=True, replace=True)
 
 

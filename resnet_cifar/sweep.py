@@ -102,7 +102,8 @@ def _plan(argv: Sequence[str], composition: Composition, finished: dict[str, Pat
             break
         cfg, folder = composition.jobs[number][0], composition.sweep.job_folders[number]
         key = config_hash(cfg)
-        action = SKIP if key in finished else RESUME if _can_go_on(folder, cfg) else RUN
+        goes_on = cfg.sweep.rerun != "all" and is_stopped(folder, cfg)
+        action = SKIP if key in finished else RESUME if goes_on else RUN
         result = str(finished.get(key, folder))
         jobs.append(Job(number, job_name(values, cfg.tracking.run_name), values, key, action, str(folder), result))
     return Plan(composition.sweep.id, str(composition.sweep.folder), list(argv), jobs)
@@ -145,9 +146,12 @@ def current_job() -> Job | None:
 
 
 def is_finished() -> bool:
-    """Whether the running Hydra job has nothing to do, which is said in a line."""
+    """Whether the running Hydra job has nothing to do, which is said in a line.
+
+    A job that the plan runs may be finished too: one that a killed sweep left waiting at a cluster ran since.
+    """
     job = current_job()
-    if job is None or job.action != SKIP:
+    if job is None or (job.action != SKIP and status(Path(job.folder))[0] != "FINISHED"):
         return False
     log.info("%s is finished already: %s", job.name or "The job", job.result)
     return True
@@ -198,9 +202,9 @@ def status(folder: Path) -> tuple[str, str]:
     return word, reason.strip()
 
 
-def _can_go_on(folder: Path, cfg: DictConfig) -> bool:
+def is_stopped(folder: Path, cfg: DictConfig) -> bool:
     """Whether the folder holds this job, stopped on the way, and tracked where it would be tracked now."""
-    if status(folder)[0] in ("FINISHED", "FAILED") or cfg.sweep.rerun == "all":
+    if status(folder)[0] in ("FINISHED", "FAILED"):
         return False
     if not (folder / ".hydra" / "hydra.yaml").exists() or not (folder / "config.yaml").exists():
         return False

@@ -175,6 +175,39 @@ def some_seeds_fail() -> None:
     torch.manual_seed = manual_seed
 
 
+def at_the_first_job(fault: Callable[..., None], *arguments: object) -> None:
+    """Call `fault` when the first job starts: a worker has its threads given before it imports torch."""
+    from resnet_cifar import sweep
+
+    is_finished, called = sweep.is_finished, []
+
+    def is_finished_after_fault() -> bool:
+        if not called:
+            called.append(fault)
+            fault(*arguments)
+        return is_finished()
+
+    sweep.is_finished = is_finished_after_fault
+
+
+def seed_is_killed_once(seed: int, step: int, marker: str) -> None:
+    """The job with this seed dies by SIGKILL at this step; the file `marker` says that it has, and spares its next try."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from resnet_cifar import experiment
+
+    show = experiment.ProgressDisplay.step
+
+    def step_or_die(self, record, progress):
+        show(self, record, progress)
+        chosen = record.step == step and f"seed={seed}" in HydraConfig.get().overrides.task
+        if chosen and not Path(marker).exists():
+            Path(marker).touch()
+            signals(signal.SIGKILL)
+
+    experiment.ProgressDisplay.step = step_or_die
+
+
 def _fails(*_: object, **__: object) -> None:
     raise RuntimeError("drawn badly")
 

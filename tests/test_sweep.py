@@ -1,111 +1,28 @@
-"""Sweeps: what runs, what is skipped, what a failure, a kill and an interrupt leave, the leaderboard, the launchers."""
+"""Sweeps: what runs, what is skipped, what a failure and a kill leave, the leaderboard. Launchers: test_launchers.py."""
 
-import csv
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
 from filelock import FileLock
-from processes import REPOSITORY, TINY, after_steps, signals, some_seeds_fail
+from processes import after_steps, signals, some_seeds_fail
+from sweep_results import SWEEP, assert_one_run_for_each_seed, assert_seeds_1_and_2_failed
 
-from resnet_cifar import leaderboard, own_gpu, sweep, sweep_figures, sweep_store
+from resnet_cifar import leaderboard, sweep, sweep_figures, sweep_store
 from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.fingerprint import config_hash
 from resnet_cifar.leaderboard import Result
 
-SWEEP = ["-m", *TINY, "scheduler.max_lr=0.01", "explain.num_images=1"]
 STEPS_PER_JOB = 16
-PARALLEL = ("hydra/launcher=parallel",)
 
 
-class NewPython:
-    """`run.py` in a Python of its own, as joblib wants it: its workers outlive a forked process that ends."""
-
-    def __init__(self, arguments, printed, environment):
-        with printed.open("w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, "run.py", *arguments],
-                cwd=REPOSITORY,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
-        self.printed = printed
-
-    def ends(self):
-        return self.process.wait(120)
-
-    @property
-    def output(self):
-        return self.printed.read_text()
-
-
-def new_python(*arguments, printed, fault=None, environment=None):
-    return NewPython(arguments, printed, environment or {})
-
-
-def runs(outputs):
-    """The database's runs by name, the summary of the sweep apart."""
-    store = sweep_store.tracking.Store(f"sqlite:///{outputs}/mlflow.db")
-    [experiment] = [e for e in store.client.search_experiments() if e.name == "resnet-cifar"]
-    found = store.client.search_runs([experiment.experiment_id], max_results=1000)
-    summaries = [run for run in found if run.data.tags["task"] == "sweep"]
-    return [run for run in found if run not in summaries], summaries, store.client
-
-
-def rows(folder):
-    with (folder / "runs.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def assert_one_run_for_each_seed(outputs, seeds, epochs=2):
-    """Every seed has exactly one FINISHED run, each with every point of its metrics once, all of the same sweep."""
-    found, [summary], client = runs(outputs)
-    finished = [run for run in found if run.info.status == "FINISHED"]
-    assert sorted(run.info.run_name for run in finished) == [f"seed={seed}" for seed in seeds]
-    assert {run.data.tags["sweep"] for run in found} == {summary.data.tags["sweep"]}
-    for run in finished:
-        for metric in ("train/loss", "test/accuracy", "schedule/lr"):
-            points = client.get_metric_history(run.info.run_id, metric)
-            assert [point.step for point in points] == list(range(1, epochs + 1)), metric
-    return found, finished
-
-
-@pytest.mark.parametrize("launcher", [(), PARALLEL], ids=["basic", "joblib"])
-def test_failing_jobs_are_recorded_the_others_run_and_the_same_command_finishes_the_rest(
-    commands, outputs, tmp_path, launcher
-):
-    if launcher:
-        pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason='pip install -e ".[parallel]"')
-        (outputs / "mlflow.db").unlink()  # two jobs at once, from a database that does not exist yet
-    # A joblib worker is a Python of its own, which runs sitecustomize when it starts.
-    (tmp_path / "faults").mkdir()
-    code = (
-        f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\nimport processes\nprocesses.some_seeds_fail()\n"
-    )
-    (tmp_path / "faults" / "sitecustomize.py").write_text(code)
-    faulty = {"PYTHONPATH": str(tmp_path / "faults")} if launcher else {}
-    arguments = [*SWEEP, *launcher, "seed=0,1,2,3", f"output_dir={outputs}"]
-
-    start = new_python if launcher else commands
-    command = start(*arguments, printed=tmp_path / "out", fault=some_seeds_fail, environment=faulty)
+def test_failing_jobs_are_recorded_the_others_run_and_the_same_command_finishes_the_rest(commands, outputs, tmp_path):
+    arguments = [*SWEEP, "seed=0,1,2,3", f"output_dir={outputs}"]
+    command = commands(*arguments, printed=tmp_path / "out", fault=some_seeds_fail)
     assert command.ends() == 1, command.output
-    assert "2 of the sweep's jobs failed" in command.output
-    found, _ = assert_one_run_for_each_seed(outputs, [0, 3])
-    assert sorted(run.info.run_name for run in found if run.info.status == "FAILED") == ["seed=1", "seed=2"]
-    [folder] = (outputs / "sweeps").iterdir()
-    assert [row["status"] for row in rows(folder)] == ["FINISHED", "FAILED", "FAILED", "FINISHED"]
-    assert [row["error"] for row in rows(folder)][1:3] == ["RuntimeError: cosmic ray", "SystemExit: 7"]
-    assert "cosmic ray" in (folder / "leaderboard.md").read_text()
+    assert_seeds_1_and_2_failed(outputs, command.output)
 
-    if launcher:
-        return  # what is finished is the same under every launcher
     again = commands(*arguments, printed=tmp_path / "again")
     assert again.ends() == 0, again.output
     assert again.output.count("is finished already") == 2
@@ -134,60 +51,6 @@ def test_what_kill_9_takes_with_it_the_same_command_finishes(commands, outputs, 
     every = commands(*arguments, "sweep.rerun=all", "sweep.dry_run=true", printed=tmp_path / "every")
     assert every.ends() == 0, every.output
     assert "3 jobs, 3 to run" in every.output
-
-
-def test_ctrl_c_stops_a_whole_parallel_sweep_and_leaves_no_process(commands, outputs, tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason='pip install -e ".[parallel]"')
-    arguments = [*SWEEP, *PARALLEL, "seed=0,1,2,3", "trainer.epochs=100000", f"output_dir={outputs}"]
-    command = new_python(*arguments, printed=tmp_path / "out")
-    _wait(lambda: command.output.count("epoch ") > 4)
-    workers = _descendants(command.process.pid)
-    assert workers
-    os.kill(command.process.pid, signal.SIGINT)
-    assert command.ends() == 130, command.output
-    _wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
-
-
-def _wait(happened, seconds=60):
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.1)
-
-
-def _descendants(pid):
-    children = [
-        int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()
-    ]
-    return children + [each for child in children for each in _descendants(child)]
-
-
-def test_submitit_runs_the_jobs_of_a_sweep(commands, outputs, tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason='pip install -e ".[slurm]"')
-    arguments = [*SWEEP, "hydra/launcher=submitit_local", "seed=0,1", f"output_dir={outputs}"]
-    command = commands(*arguments, printed=tmp_path / "out")
-    assert command.ends() == 0, command.output
-    assert_one_run_for_each_seed(outputs, [0, 1])
-
-
-def test_ray_runs_the_jobs_of_a_sweep(commands, outputs, tmp_path):
-    pytest.importorskip(
-        "hydra_plugins.hydra_ray_launcher", reason='pip install -e ".[cluster]", in a Python of its own'
-    )
-    arguments = [*SWEEP, "hydra/launcher=cluster", "seed=0,1", f"output_dir={outputs}"]
-    command = commands(*arguments, printed=tmp_path / "out")
-    assert command.ends() == 0, command.output
-    assert_one_run_for_each_seed(outputs, [0, 1])
-
-
-@pytest.mark.parametrize(
-    ("preset", "package"),
-    [("parallel", "hydra_joblib_launcher"), ("slurm", "hydra_submitit_launcher"), ("cluster", "hydra_ray_launcher")],
-)
-def test_a_launcher_preset_composes(preset, package):
-    pytest.importorskip(f"hydra_plugins.{package}", reason=f'pip install -e ".[{preset}]"')
-    composed = compose(parse_arguments(["-m", f"hydra/launcher={preset}", "seed=0,1"]))
-    assert len(composed.jobs) == 2
 
 
 def test_a_dry_run_without_earlier_runs_writes_nothing(commands, tmp_path):
@@ -280,19 +143,6 @@ def test_values_are_drawn_in_the_order_of_numbers():
     [axes] = figure.axes
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["25", "100"]
     assert axes.get_lines()[0].get_ydata().tolist() == [2.5, 1.0]
-
-
-def test_each_process_of_a_parallel_sweep_has_a_gpu_of_its_own(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    seen, held = [], []
-    for _process in range(3):
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        monkeypatch.setattr(own_gpu, "_held", [])
-        for _job in range(2):
-            own_gpu.take(tmp_path)
-        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
-        held.append(own_gpu._held)
-    assert seen == ["0", "1", "1"]
 
 
 def test_the_same_sweep_does_not_run_twice_at_once(commands, outputs, tmp_path):
