@@ -100,6 +100,8 @@ def job(cfg: DictConfig) -> float | None:
         if stop.code in (None, 0):
             return None
         if stop.code in (INTERRUPTED, TERMINATED):
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                print("The same command again goes on with the whole sweep.", file=sys.stderr)
             raise
         fail(cfg, stop, stop.code if isinstance(stop.code, int) else UserError.exit_code)
     except UserError as error:

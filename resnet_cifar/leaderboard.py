@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from resnet_cifar.report import append_csv, read_csv
-from resnet_cifar.sweep import Plan, short_names, status
+from resnet_cifar.sweep import Plan, job_name, short_names, short_value, status
 
 SEED = "seed"
 
@@ -117,6 +117,23 @@ def table(found: Sequence[Result]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -1 if row[metric] is None else row[metric], reverse=True)
 
 
+def verdict(rows: Sequence[dict[str, Any]]) -> str:
+    """The best point of a leaderboard and the next, in a sentence of Markdown."""
+    finished = [row for row in rows if row["seconds"] is not None]
+    if not finished:
+        return "**No run came to its end.**"
+    best, *rest = (_in_words(row) for row in finished[:2])
+    return f"**Best: {best}.**" + (f" Next of {len(finished)}: {rest[0]}." if rest else "")
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    metric = next(key for key in row if key.endswith("/accuracy"))
+    point = job_name({key: row[key] for key in list(row)[: list(row).index(metric)]}, None)
+    cells = [_cell(key, row[key], 0) for key in (metric, "deviation") if row.get(key) is not None]
+    runs = f" ({row['runs']} runs)" if row.get("runs", 1) > 1 else ""
+    return f"{point + ': ' if point else ''}{metric} {' '.join(cells)}{runs}"
+
+
 def rows_of_runs(found: Sequence[Result]) -> list[dict[str, Any]]:
     """A row for every job, in the order of the sweep, with what `table` reduces."""
     metric = ranked_by(found)
@@ -150,11 +167,11 @@ def text(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    head, *body = _cells(rows, error_length=300)
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+def markdown(rows: Sequence[dict[str, Any]], gap: str = "") -> str:
+    """The rows as a Markdown table; `gap` ends each cell, for MLflow, which shows columns without any between them."""
+    cells = [[cell.replace("|", chr(92) + "|") + gap for cell in line] for line in _cells(rows, error_length=300)]
+    lines = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cells(rows: Sequence[dict[str, Any]], error_length: int) -> list[list[str]]:
@@ -178,4 +195,4 @@ def _cell(key: str, value: Any, error_length: int) -> str:
         return f"{value:.4f}"
     if key == "error" and len(value) > error_length:
         return f"{value[: error_length - 1]}…"
-    return str(value)
+    return short_value(str(value))

@@ -18,6 +18,7 @@ from resnet_cifar.tracked_run import NoRun
 
 STEPS_BEFORE_ESTIMATE = 10
 HOUR = 3600
+LOCAL_SERVER = "http://127.0.0.1:5000"  # where `mlflow ui` serves a database
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
 
 log = logging.getLogger(__name__)
@@ -103,11 +104,10 @@ def where_to_look(task: str, folder: Path, tracked_run: NoRun) -> str:
     """The run's folder, figures and page in MLflow, and the command to go on with; paths are relative where they can be."""
     lines = ["", f"folder   {shown(folder)}", f"figures  {shown(folder / 'figures')}"]
     if tracked_run.url:
-        here = f"sqlite:///{Path.cwd()}/"
-        lines.append(f"MLflow   {tracked_run.url.replace(here, 'sqlite:///')}")
+        lines.append(f"MLflow   {shown_uri(tracked_run.url)}")
         if not tracked_run.url.startswith("http"):
             page = f"#/experiments/{tracked_run.experiment_id}/runs/{tracked_run.run_id}?workflowType=machine_learning"
-            lines.append(f"         http://127.0.0.1:5000/{page}")
+            lines.append(f"         {LOCAL_SERVER}/{page}")
     if task == "train":
         lines.append("next     python run.py task=explain explain.images=<folder of pictures> \\")
         lines.append(f"           checkpoint={shown(folder)}")
@@ -117,6 +117,11 @@ def where_to_look(task: str, folder: Path, tracked_run: NoRun) -> str:
 def shown(path: Path) -> Path:
     """The path from the working directory, where it lies in there."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def shown_uri(text: str) -> str:
+    """The address of an SQLite database in `text` from the working directory, where it lies in there."""
+    return text.replace(f"sqlite:///{Path.cwd()}/", "sqlite:///")
 
 
 def _duration(seconds: float) -> str:

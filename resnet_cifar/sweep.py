@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from resnet_cifar.compose import Composition
-from resnet_cifar.errors import ConfigError, StorageError
+from resnet_cifar.errors import ConfigError, StorageError, UserError
 from resnet_cifar.fingerprint import config_hash
 
-PLAN, FAILED, STATUS = "sweep.json", "failed_jobs.txt", "status.txt"
+PLAN, FAILED, STATUS, SUMMARY_ERROR = "sweep.json", "failed_jobs.txt", "status.txt", "summary_error.txt"
 RUN, RESUME, SKIP = "run", "resume", "skip"
 
 _running: list[FileLock] = []  # on the folder of the sweep that this process runs
@@ -73,8 +74,9 @@ def prepare(argv: Sequence[str], composition: Composition) -> list[str]:
         raise ConfigError("sweep.dry_run=true: this hydra/sweeper makes its jobs up while it runs; leave dry_run out")
     finished = {} if settings.sweep.rerun == "all" else sweep_store.finished_runs(settings, composition)
     plan = _plan(argv, composition, finished)
+    estimated = sweep_store.estimate(settings, composition, [job.action for job in plan.jobs]) if plan.jobs else ""
     if settings.sweep.dry_run:
-        print(dry_run(plan, sweep_store.estimate(settings, composition, [job.action for job in plan.jobs])))
+        print(dry_run(plan, estimated))
         sys.exit(0)
     sweep.folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(sweep.folder / ".lock", thread_local=False)
@@ -91,6 +93,8 @@ def prepare(argv: Sequence[str], composition: Composition) -> list[str]:
             _set_aside(folder)
     (sweep.folder / FAILED).unlink(missing_ok=True)
     plan.save()
+    if plan.jobs:
+        print(heading(plan, estimated), flush=True)
     place = _end_of_settings(argv)
     return [*argv[:place], f"hydra.sweep.dir='{sweep.folder}'", *argv[place:]]
 
@@ -122,18 +126,32 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
 
 
+def short_value(value: str) -> str:
+    """A long decimal number to six digits, `0.208333` for `0.20833333333333334`; anything else as it is."""
+    try:
+        return f"{float(value):.6g}" if len(value) > 8 and not value.isdigit() else value
+    except ValueError:
+        return value
+
+
 def job_name(values: dict[str, str], run_name: str | None) -> str:
     """`div_factor=25 seed=1`: what the job varied, after `tracking.run_name` where that is given."""
     names = short_names(list(values))
-    return " ".join([*([run_name] if run_name else []), *(f"{names[key]}={value}" for key, value in values.items())])
+    varied_values = (f"{names[key]}={short_value(value)}" for key, value in values.items())
+    return " ".join([*([run_name] if run_name else []), *varied_values])
+
+
+def heading(plan: Plan, estimated: str) -> str:
+    """The sweep in a line: its id, how many jobs it has, how many of them are to run, and how long that takes."""
+    running = sum(job.action != SKIP for job in plan.jobs)
+    return f"Sweep {plan.id}: {len(plan.jobs)} jobs, {running} to run, {estimated}"
 
 
 def dry_run(plan: Plan, estimated: str) -> str:
     """What `sweep.dry_run=true` prints."""
     said = {RUN: "would run", RESUME: "stopped, would go on", SKIP: "finished, would be skipped"}
     lines = [f"{job.number:>4}  {job.name or 'one job':<40}  {said[job.action]}" for job in plan.jobs]
-    running = sum(job.action != SKIP for job in plan.jobs)
-    return "\n".join([f"Sweep {plan.id}: {len(plan.jobs)} jobs, {running} to run, {estimated}", *lines])
+    return "\n".join([heading(plan, estimated), *lines])
 
 
 def current_job() -> Job | None:
@@ -143,6 +161,18 @@ def current_job() -> Job | None:
         return None
     jobs = load_plan(Path(settings.sweep.dir)).jobs
     return jobs[settings.job.num] if jobs else None
+
+
+def place() -> str:
+    """Where in the running sweep this Hydra job stands: `#3, 5 to follow: div_factor=25 seed=0`; empty outside a sweep."""
+    settings = HydraConfig.get()
+    if settings.mode != RunMode.MULTIRUN:
+        return ""
+    number, jobs = settings.job.num, load_plan(Path(settings.sweep.dir)).jobs
+    if not jobs:
+        return f"#{number}"
+    left = sum(job.action != SKIP for job in jobs[number + 1 :])
+    return f"#{number}, {left} to follow: {jobs[number].name}"
 
 
 def is_finished() -> bool:
@@ -181,18 +211,37 @@ def record_failure(cfg: DictConfig, error: BaseException, message: str) -> None:
 
 
 class EndOfSweep(Callback):
-    """After all jobs: the leaderboard, and exit code 1 where one failed."""
+    """After all jobs: the leaderboard; exit code 1 where a job failed, else that of the summary where it failed."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
         folder = Path(config.hydra.sweep.dir)
-        if load_plan(folder).jobs:
-            from resnet_cifar import sweep_summary  # late: torch and the figures
-
-            sweep_summary.publish(folder, config)
+        exit_code = _publish(folder, config) if load_plan(folder).jobs else 0
         if (folder / FAILED).exists():
             count = len((folder / FAILED).read_text(encoding="utf-8").splitlines())
             sys.stderr.write(f"{count} of the sweep's jobs failed: {folder / FAILED}\n")
-            raise SystemExit(1)
+            exit_code = UserError.exit_code
+        if exit_code:
+            raise SystemExit(exit_code)
+
+
+def _publish(folder: Path, config: DictConfig) -> int:
+    """The exit code of the sweep's summary; Hydra would turn what it raises into a warning and end with 0."""
+    (folder / SUMMARY_ERROR).unlink(missing_ok=True)
+    try:
+        from resnet_cifar import sweep_summary  # late: torch and the figures
+
+        sweep_summary.publish(folder, config)
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    except Exception as error:
+        (folder / SUMMARY_ERROR).write_text(traceback.format_exc(), encoding="utf-8")
+        sys.stderr.write(
+            f"The sweep's runs are kept, but their summary failed: {type(error).__name__}: {error}\n"
+            f"The traceback is in {folder / SUMMARY_ERROR}. The same command again makes the summary anew.\n"
+        )
+        return UserError.exit_code
+    return 0
 
 
 def status(folder: Path) -> tuple[str, str]:

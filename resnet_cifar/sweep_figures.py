@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from resnet_cifar.figures import EVAL, HEAT_MAP_COLOURS, INK, MARK, MUTED, STYLE
+from resnet_cifar.sweep import short_value
 
 LINES = ("#1d4ed8", "#b91c1c", "#047857", "#b45309", "#7c3aed", "#0e7490", "#be185d", "#4d7c0f", "#475569", "#92400e")
 LEGEND_LINES = 12
@@ -35,7 +36,7 @@ def accuracy_against(
         shift = 0.04 * (number - (len(series) - 1) / 2)
         axes.plot([at + shift for at in places], means, color=colour, linewidth=1.4, label=other or "mean")
         axes.plot([at + shift for at, _ in mine], [a for _, a in mine], "o", color=colour, markersize=6, alpha=0.6)
-    axes.set_xticks(range(len(ticks)), ticks)
+    axes.set_xticks(range(len(ticks)), map(short_value, ticks))
     axes.set_xlim(-0.5, len(ticks) - 0.5)
     axes.set_xlabel(key)
     axes.set_ylabel(f"final {metric} (%)")
@@ -47,18 +48,21 @@ def accuracy_against(
 
 @matplotlib.rc_context(STYLE)
 def learning_curves(runs: Sequence[tuple[str, Sequence[float]]], metric: str) -> Figure:
-    """Accuracy (%) by epoch of every run; runs of the same name (seeds of one point) share colour and legend.
+    """Accuracy (%) by epoch of every run; seeds of one point have its name and colour, thin, under their mean.
 
     Names come best first, and in that order into the legend, which ends after twelve.
     """
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.subplots()
     names = list(dict.fromkeys(name for name, _ in runs))
-    for name, accuracies in reversed(runs):  # the best on top
-        place = names.index(name)
+    for place, name in reversed(list(enumerate(names))):  # the best on top
         colour = LINES[place] if place < len(LINES) else "#cbd5e1"
-        epochs = range(1, len(accuracies) + 1)
-        axes.plot(epochs, accuracies, "o-" if len(accuracies) < 4 else "-", color=colour, linewidth=1.4, alpha=0.85)
+        curves = [accuracies for other, accuracies in runs if other == name]
+        for accuracies in curves if len(curves) > 1 else ():
+            axes.plot(range(1, len(accuracies) + 1), accuracies, color=colour, linewidth=0.8, alpha=0.3)
+        average = [mean(at_epoch) for at_epoch in zip(*curves, strict=False)]  # as far as all of them came
+        style = "o-" if len(average) < 4 else "-"
+        axes.plot(range(1, len(average) + 1), average, style, color=colour, linewidth=1.6)
     for place, name in enumerate(names[:LEGEND_LINES]):
         axes.plot([], [], color=LINES[place] if place < len(LINES) else "#cbd5e1", label=name or "all runs")
     if len(names) > LEGEND_LINES:
@@ -68,7 +72,7 @@ def learning_curves(runs: Sequence[tuple[str, Sequence[float]]], metric: str) ->
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("epoch")
     axes.set_ylabel(f"{metric} (%)")
-    axes.set_title(f"{metric} of all {len(runs)} runs, the best first in the legend")
+    axes.set_title(f"{metric} of {len(runs)} runs" + ("; thick: mean over seeds" if len(names) < len(runs) else ""))
     figure.legend(loc="outside right upper", fontsize=9)
     return figure
 

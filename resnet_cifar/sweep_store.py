@@ -15,14 +15,17 @@ from resnet_cifar.artifact_files import local_folder
 from resnet_cifar.compose import Composition
 from resnet_cifar.errors import StorageError
 from resnet_cifar.fingerprint import config_hash, source_hash
+from resnet_cifar.progress import LOCAL_SERVER, shown_uri
 from resnet_cifar.store_errors import user_errors
 from resnet_cifar.sweep import SKIP, status
 from resnet_cifar.sync import sync_all
+from resnet_cifar.tracked_run import NoRun
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
 
 SUMMARY_TASK = "sweep"  # the tag `task` of a summary run
+SUMMARY_TAG = "sweep_summary"  # holds the sweep's id there; `sweep` is for its jobs, so that a filter finds these alone
 # What a run's duration depends on, beside its number of epochs, among the parameters that every run has.
 SIZE = ("data", "data.train_size", "data.batch_size", "model.width")
 RUNS_FOR_ESTIMATE = 5
@@ -143,28 +146,43 @@ def run_id(folder: Path) -> str | None:
     return folder.name if folder.parent.name == COPIES else recording.run_id(folder)
 
 
-def log_summary(cfg: DictConfig, sweep_id: str, name: str, note: str, folder: Path) -> str:
-    """The sweep's summary as one run, the same one again when the sweep goes on; returns its experiment's id."""
-    matching = f"tags.task = '{SUMMARY_TASK}' AND tags.sweep = '{sweep_id}'"
-    known = next(_runs(cfg, matching), None)
+def log_summary(cfg: DictConfig, sweep_id: str, name: str, note: str, folder: Path) -> NoRun:
+    """The sweep's summary as one run, the same one again when the sweep goes on; returns it."""
+    known = _known_summary(cfg, sweep_id)
     summary = tracking.start(
         **{key: cfg.tracking[key] for key in ("uri", "artifacts", "experiment")},
         run_name=name,
         folder=folder,
         params={},
-        tags={"task": SUMMARY_TASK, "sweep": sweep_id, "source_hash": source_hash()},
+        tags={"task": SUMMARY_TASK, SUMMARY_TAG: sweep_id, "source_hash": source_hash()},
         run_id=known.info.run_id if known else None,
     )
     for path in sorted([*folder.glob("*.csv"), *folder.glob("*.md"), *folder.glob("figures/*.png")]):
         summary.log_file(path, "figures" if path.suffix == ".png" else None)
     summary.finish("FINISHED", note)
-    return summary.experiment_id
+    return summary
 
 
-def compare_page(uri: str, experiment_id: str, run_ids: Sequence[str]) -> list[str]:
-    """Lines that lead to MLflow's compare page on exactly these runs: a link, after the command that serves a database."""
-    runs, experiments = (quote(json.dumps(ids, separators=(",", ":"))) for ids in (list(run_ids), [experiment_id]))
-    page = f"#/compare-runs?runs={runs}&experiments={experiments}&workflowType=machine_learning"
-    if urlsplit(uri).scheme in ("http", "https"):
-        return [f"{uri.rstrip('/')}/{page}"]
-    return [f"mlflow ui --backend-store-uri {uri} --port 5000", f"http://127.0.0.1:5000/{page}"]
+def _known_summary(cfg: DictConfig, sweep_id: str) -> "MlflowRun | None":
+    """The summary run of an earlier end of this sweep; one from before `sweep_summary` has the tag `sweep`, and loses it."""
+    for run in _runs(cfg, f"tags.task = '{SUMMARY_TASK}'"):
+        if run.data.tags.get(SUMMARY_TAG) == sweep_id:
+            return run
+        if run.data.tags.get("sweep") == sweep_id:
+            tracking.Store(cfg.tracking.uri).client.delete_tag(run.info.run_id, "sweep")
+            return run
+    return None
+
+
+def where_to_look(uri: str, summary: NoRun, run_ids: Sequence[str]) -> list[str]:
+    """Lines that lead to MLflow's compare page on exactly these runs and to the summary's page, for a database after
+    the command that serves it."""
+    runs, experiments = (
+        quote(json.dumps(ids, separators=(",", ":"))) for ids in (list(run_ids), [summary.experiment_id])
+    )
+    is_server = urlsplit(uri).scheme in ("http", "https")
+    server = uri.rstrip("/") if is_server else LOCAL_SERVER
+    page = f"{server}/#/experiments/{summary.experiment_id}/runs/{summary.run_id}?workflowType=machine_learning"
+    compare = f"{server}/#/compare-runs?runs={runs}&experiments={experiments}&workflowType=machine_learning"
+    serve = [] if is_server else [f"MLflow   mlflow ui --backend-store-uri {shown_uri(uri)}"]
+    return [*serve, f"summary  {page}", f"compare  {compare}"]

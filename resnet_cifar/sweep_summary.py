@@ -1,9 +1,9 @@
 """The end of a sweep: its leaderboard on the terminal, in files, with figures, and as one summary run in MLflow."""
 
 import csv
-import logging
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -13,62 +13,75 @@ from omegaconf import DictConfig, OmegaConf
 
 from resnet_cifar import checkpoint, explain, leaderboard, parts, sweep_figures, sweep_store
 from resnet_cifar.delivery import reason
+from resnet_cifar.errors import StorageError
 from resnet_cifar.evaluation import restore_parts
 from resnet_cifar.leaderboard import SEED, Result, score
 from resnet_cifar.progress import shown
 from resnet_cifar.report import save_figure
-from resnet_cifar.sweep import Plan, job_name, load_plan
+from resnet_cifar.sweep import Plan, job_name, load_plan, short_names
 
 GRID_IMAGES, GRID_RUNS = 6, 7
-
-log = logging.getLogger(__name__)
+NOTE_ROWS = 25  # MLflow cuts a note at 8000 characters
 
 
 def publish(folder: Path, settings: DictConfig) -> None:
-    """Print, write, draw and log what the sweep in `folder` found; a figure or a store that fails is a warning."""
+    """Print, write, draw and log what the sweep in `folder` found; a figure that fails is a warning.
+
+    Raises:
+        StorageError: the tracking store takes no summary; all else is done by then.
+    """
     plan = load_plan(folder)
     found = leaderboard.results(plan)
     rows, metric = leaderboard.table(found), leaderboard.ranked_by(found)
     heading = f"Sweep {plan.id}: {len(found)} jobs, ranked by {metric}"
-    note = f"### {heading}\n\n{leaderboard.markdown(rows)}\n\n`python run.py {' '.join(plan.command)}`\n"
+    command = f"`python run.py {' '.join(plan.command)}`\n"
+    table = f"# {heading}\n\n{leaderboard.verdict(rows)}\n\n{leaderboard.markdown(rows)}\n\n{command}"
     leaderboard.write_csv(folder / "leaderboard.csv", rows)
     leaderboard.write_csv(folder / "runs.csv", leaderboard.rows_of_runs(found))
-    (folder / "leaderboard.md").write_text(note, encoding="utf-8")
+    (folder / "leaderboard.md").write_text(table, encoding="utf-8")
     draw(folder, found, metric)
-    print(
-        f"\n{heading}\n\n{leaderboard.text(rows)}\n\nfolder   {shown(folder)}: leaderboard.csv, leaderboard.md, figures/"
-    )
+    where = f"folder   {shown(folder)}: leaderboard.csv, leaderboard.md, figures/"
+    print(f"\n{heading}\n\n{leaderboard.text(rows)}\n\n{where}")
     if settings.tracking.uri is not None:
-        _log(plan, folder, settings, note, found)
+        more = f"\n\nThe other {len(rows) - NOTE_ROWS} points are in leaderboard.csv." if len(rows) > NOTE_ROWS else ""
+        note = (
+            f"{leaderboard.verdict(rows)}\n\n{leaderboard.markdown(rows[:NOTE_ROWS], gap='&emsp;')}{more}\n\n{command}"
+        )
+        _log(plan, folder, settings, note, found, metric)
 
 
-def _log(plan: Plan, folder: Path, settings: DictConfig, note: str, found: Sequence[Result]) -> None:
-    name = f"sweep {' '.join(key for key in found[0].values)} ({plan.id})"
+def _log(plan: Plan, folder: Path, settings: DictConfig, note: str, found: Sequence[Result], metric: str) -> None:
+    varied = [
+        name for key, name in short_names(list(found[0].values)).items() if key != SEED or len(found[0].values) == 1
+    ]
     try:
-        experiment_id = sweep_store.log_summary(settings, plan.id, name, note, folder)
+        summary = sweep_store.log_summary(settings, plan.id, f"sweep of {', '.join(varied)} ({plan.id})", note, folder)
     except Exception as error:
-        log.warning("The sweep's summary is not in MLflow (%s); give the command again.", reason(error))
-        return
-    run_ids = [run_id for result in found if (run_id := sweep_store.run_id(result.folder))]
-    lines = sweep_store.compare_page(settings.tracking.uri, experiment_id, run_ids)
-    print("compare ", "\n         ".join(lines))
+        message = f"The sweep's summary is not in MLflow ({reason(error)}).\nThe same command again adds it."
+        raise StorageError(message) from error
+    best_first = sorted(found, key=lambda result: score(result, metric) or -1, reverse=True)
+    run_ids = [run_id for result in best_first if (run_id := sweep_store.run_id(result.folder))]
+    print("\n".join(sweep_store.where_to_look(settings.tracking.uri, summary, run_ids)))
 
 
 def draw(folder: Path, found: Sequence[Result], metric: str) -> None:
     """The figures over all finished runs; a sweep without any has none."""
-    finished = sorted(
-        (result for result in found if score(result, metric) is not None),
-        key=lambda result: score(result, metric),
-        reverse=True,
-    )
+    finished = [result for result in found if score(result, metric) is not None]
     if not finished:
         return
     for key in [key for key in finished[0].values if key != SEED]:
         save_figure(
             folder, f"accuracy_against_{key.rpartition('.')[2]}", lambda key=key: _against(key, finished, metric)
         )
-    save_figure(folder, "learning_curves", lambda: _curves(finished))
-    save_figure(folder, "grad_cam", lambda: _grid(finished))
+    points = ranked_points(finished, metric)
+    save_figure(folder, "learning_curves", lambda: _curves(points))
+    save_figure(folder, "grad_cam", lambda: _grid([point[0] for point in points]))
+
+
+def ranked_points(finished: Sequence[Result], metric: str) -> list[list[Result]]:
+    """The points, the highest mean first as in the leaderboard; of each its runs, the best first."""
+    points = leaderboard.points(sorted(finished, key=lambda result: score(result, metric), reverse=True))
+    return sorted(points, key=lambda point: mean(score(result, metric) for result in point), reverse=True)
 
 
 def _point(result: Result, without: str = "") -> str:
@@ -82,19 +95,18 @@ def _against(key: str, finished: Sequence[Result], metric: str) -> Figure:
     return sweep_figures.accuracy_against(key, [result.values[key] for result in finished], scores, others, metric)
 
 
-def _curves(finished: Sequence[Result]) -> Figure:
-    runs = [(_point(result), [row["eval_accuracy"] for row in result.history]) for result in finished]
-    on = {result.evaluated_on for result in finished}
+def _curves(points: Sequence[Sequence[Result]]) -> Figure:
+    runs = [(_point(run), [row["eval_accuracy"] for row in run.history]) for point in points for run in point]
+    on = {run.evaluated_on for point in points for run in point}
     return sweep_figures.learning_curves(runs, f"{on.pop() if len(on) == 1 else 'val or test'}/accuracy")
 
 
-def _grid(finished: Sequence[Result]) -> Figure:
-    """The best run's most confident mistakes, as the best run of each point sees them."""
-    best_of_points = list({_point(result): result for result in reversed(finished)}.values())[::-1]
+def _grid(best_of_points: Sequence[Result]) -> Figure:
+    """The most confident mistakes of the best point's best run, as the best run of each point sees them."""
     restored = [(result, *_restore(result.folder)) for result in best_of_points[:GRID_RUNS]]
     cfg = restored[0][1]
     test_images = parts.load_split(cfg.data, train=False)
-    chosen = test_images[_mistakes(finished[0].folder)]
+    chosen = test_images[_mistakes(best_of_points[0].folder)]
     classes, runs = chosen.classes, []
     for result, run_cfg, run_built in restored:
         # Other images or classes would be another question.

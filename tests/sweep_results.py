@@ -28,7 +28,8 @@ def assert_one_run_for_each_seed(outputs, seeds, epochs=2):
     found, [summary], client = runs(outputs)
     finished = [run for run in found if run.info.status == "FINISHED"]
     assert sorted(run.info.run_name for run in finished) == [f"seed={seed}" for seed in seeds]
-    assert {run.data.tags["sweep"] for run in found} == {summary.data.tags["sweep"]}
+    assert {run.data.tags["sweep"] for run in found} == {summary.data.tags["sweep_summary"]}
+    assert "sweep" not in summary.data.tags  # which is for the jobs alone
     for run in finished:
         for metric in ("train/loss", "test/accuracy", "schedule/lr"):
             points = client.get_metric_history(run.info.run_id, metric)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from resnet_cifar import __main__, compose, experiment
-from resnet_cifar.errors import DataError, DivergedError
+from resnet_cifar import __main__, compose, experiment, sweep_summary
+from resnet_cifar.errors import DataError, DivergedError, StorageError
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -231,6 +231,19 @@ def test_a_sweep_without_failures_ends_with_0(command, job, tmp_path):
     assert not list(tmp_path.glob("outputs/sweeps/*/failed_jobs.txt"))
 
 
+@pytest.mark.parametrize(("error", "code"), [(KeyError("a column"), 1), (StorageError("the store is down"), 5)])
+def test_a_sweep_whose_summary_fails_says_so_and_does_not_end_with_0(command, job, monkeypatch, tmp_path, error, code):
+    def fail(*_):
+        raise error
+
+    job(lambda cfg: 0.0)
+    monkeypatch.setattr(sweep_summary, "publish", fail)
+    ended, _, err = command("-m", "seed=0,1")
+    assert ended == code
+    assert str(error) in err and "Traceback" not in err
+    assert bool(list(tmp_path.glob("outputs/sweeps/*/summary_error.txt"))) == (code == 1)
+
+
 @pytest.mark.parametrize("signal_code", [130, 143])
 def test_a_signal_ends_the_whole_sweep(command, job, signal_code):
     seeds = []
@@ -240,8 +253,9 @@ def test_a_signal_ends_the_whole_sweep(command, job, signal_code):
         sys.exit(signal_code)
 
     job(stop)
-    assert command("-m", "seed=0,1")[0] == signal_code
-    assert seeds == [0]
+    code, _, err = command("-m", "seed=0,1")
+    assert (code, seeds) == (signal_code, [0])
+    assert "The same command again goes on with the whole sweep." in err
 
 
 def test_two_runs_of_the_same_second_have_folders_of_their_own(command, job, tmp_path):

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from processes import after_steps, signals, some_seeds_fail
-from sweep_results import SWEEP, assert_one_run_for_each_seed, assert_seeds_1_and_2_failed
+from sweep_results import SWEEP, assert_one_run_for_each_seed, assert_seeds_1_and_2_failed, runs
 
-from resnet_cifar import leaderboard, sweep, sweep_figures, sweep_store
+from resnet_cifar import leaderboard, sweep, sweep_figures, sweep_store, sweep_summary
 from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.fingerprint import config_hash
 from resnet_cifar.leaderboard import Result
+from resnet_cifar.tracked_run import NoRun
 
 STEPS_PER_JOB = 16
 
@@ -22,6 +23,11 @@ def test_failing_jobs_are_recorded_the_others_run_and_the_same_command_finishes_
     command = commands(*arguments, printed=tmp_path / "out", fault=some_seeds_fail)
     assert command.ends() == 1, command.output
     assert_seeds_1_and_2_failed(outputs, command.output)
+    assert command.output.count("task=explain") == 0  # one run's next step; a sweep has its own end
+    assert "#1, 2 to follow: seed=1" in command.output
+    [summary], client = runs(outputs)[1:]
+    client.set_tag(summary.info.run_id, "sweep", summary.data.tags["sweep_summary"])
+    client.delete_tag(summary.info.run_id, "sweep_summary")  # as summaries of earlier versions had it
 
     again = commands(*arguments, printed=tmp_path / "again")
     assert again.ends() == 0, again.output
@@ -128,14 +134,46 @@ def test_val_accuracy_ranks_where_every_run_has_one():
     assert [row["test/accuracy"] for row in leaderboard.table(mixed)] == [64.0, 62.0, 60.0]
 
 
-def test_the_compare_page_shows_exactly_these_runs():
-    [link] = sweep_store.compare_page("http://host:5000/", "7", ["a", "b"])
-    assert link == (
-        "http://host:5000/#/compare-runs?runs=%5B%22a%22%2C%22b%22%5D&experiments=%5B%227%22%5D"
-        "&workflowType=machine_learning"
+class Summary(NoRun):
+    run_id, experiment_id = "s", "7"
+
+
+def test_the_end_of_a_sweep_leads_to_its_summary_and_to_the_compare_page_on_exactly_these_runs(monkeypatch, tmp_path):
+    assert sweep_store.where_to_look("http://host:5000/", Summary(), ["a", "b"]) == [
+        "summary  http://host:5000/#/experiments/7/runs/s?workflowType=machine_learning",
+        "compare  http://host:5000/#/compare-runs?runs=%5B%22a%22%2C%22b%22%5D&experiments=%5B%227%22%5D"
+        "&workflowType=machine_learning",
+    ]
+    monkeypatch.chdir(tmp_path)
+    serve, *pages = sweep_store.where_to_look(f"sqlite:///{tmp_path}/outputs/mlflow.db", Summary(), ["a"])
+    assert serve == "MLflow   mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db"
+    assert all("  http://127.0.0.1:5000/#/" in page for page in pages)
+
+
+def test_the_verdict_names_the_best_point_and_the_next():
+    found = [
+        result({"a.lr": "0.20833333333333334", "seed": "0"}, 80.0),
+        result({"a.lr": "0.20833333333333334", "seed": "1"}, 84.0),
+        result({"a.lr": "2", "seed": "0"}, 70.0),
+        result({"a.lr": "3", "seed": "0"}, None, status="FAILED"),
+    ]
+    assert leaderboard.verdict(leaderboard.table(found)) == (
+        "**Best: lr=0.208333: test/accuracy 82.00% ± 2.83 (2 runs).** Next of 2: lr=2: test/accuracy 70.00%."
     )
-    serve, _ = sweep_store.compare_page("sqlite:////x/mlflow.db", "7", ["a"])
-    assert serve == "mlflow ui --backend-store-uri sqlite:////x/mlflow.db --port 5000"
+    assert leaderboard.verdict(leaderboard.table(found[3:])) == "**No run came to its end.**"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("0.20833333333333334", "0.208333"),
+        ("1e-07", "1e-07"),
+        ("1234567890", "1234567890"),
+        ("one_cycle_b", "one_cycle_b"),
+    ],
+)
+def test_long_decimals_are_short_in_names(value, shown):
+    assert sweep.short_value(value) == shown
 
 
 def test_values_are_drawn_in_the_order_of_numbers():
@@ -143,6 +181,23 @@ def test_values_are_drawn_in_the_order_of_numbers():
     [axes] = figure.axes
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["25", "100"]
     assert axes.get_lines()[0].get_ydata().tolist() == [2.5, 1.0]
+
+
+def test_points_are_drawn_in_the_order_of_the_leaderboard_with_their_best_run_first():
+    found = [
+        result({"lr": "1", "seed": "0"}, 90.0),
+        result({"lr": "1", "seed": "1"}, 60.0),
+        result({"lr": "2", "seed": "0"}, 79.0),
+        result({"lr": "2", "seed": "1"}, 81.0),
+    ]
+    ranked = sweep_summary.ranked_points(found, "test/accuracy")
+    assert [[run.accuracy for run in point] for point in ranked] == [[81.0, 79.0], [90.0, 60.0]]
+
+
+def test_seeds_of_a_point_are_drawn_under_their_mean():
+    figure = sweep_figures.learning_curves([("lr=1", [10.0, 20.0]), ("lr=1", [20.0, 40.0])], "test/accuracy")
+    first, second, average = (line.get_ydata().tolist() for line in figure.axes[0].get_lines()[:3])
+    assert (first, second, average) == ([10.0, 20.0], [20.0, 40.0], [15.0, 30.0])
 
 
 def test_the_same_sweep_does_not_run_twice_at_once(commands, outputs, tmp_path):
