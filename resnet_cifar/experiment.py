@@ -23,7 +23,7 @@ from resnet_cifar.fingerprint import config_hash, source_hash
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord, Training, diverged, fit
 from resnet_cifar.lr_finder import range_test, suggest
 from resnet_cifar.progress import ProgressDisplay, shown
-from resnet_cifar.recording import Invocation, epoch_metrics, recorded, run_name
+from resnet_cifar.recording import Invocation, epoch_metrics, log_range_test, recorded
 from resnet_cifar.signals import StopRequest, stop_requests
 from resnet_cifar.sync import sync_all
 from resnet_cifar.tracked_run import NoRun
@@ -50,12 +50,15 @@ def asked_for(cfg: DictConfig) -> tuple[DictConfig, Invocation]:
     folder = Path(hydra.runtime.output_dir)
     # Ray starts a job anew whose process was killed: what the sweep planned to run has been on its way by then.
     if cfg.resume is not None or (job is not None and sweep.is_stopped(folder, cfg)):
-        return resume.saved_run(folder)
+        saved, invocation = resume.saved_run(folder)
+        return saved, dataclasses.replace(invocation, name=job.name if job is not None else "", place=sweep.place())
     return cfg, Invocation(
         folder,
         tuple(OmegaConf.to_container(hydra.overrides.task, resolve=False)),
         dict(hydra.runtime.choices),
         name=job.name if job is not None else "",
+        varied=tuple(job.values) if job is not None else (),
+        place=sweep.place(),
         tags={"config_hash": config_hash(cfg), "source_hash": source_hash(), **sweep.tags()},
     )
 
@@ -108,6 +111,7 @@ def train_in_stages(cfg: DictConfig, invocation: Invocation) -> Iterator[str]:
                 follow(records, folder, tracked_run, display, progress, save, cfg.trainer.checkpoint_minutes, stop)
             finally:
                 report.draw_curves(folder, evaluated_on, steps)
+                log_range_test(folder, tracked_run)
         checkpoint.keep_only_last(folder / "checkpoints")
         if training.averaged is not None:
             built.network.load_state_dict(training.averaged.module.state_dict())
@@ -119,7 +123,7 @@ def train_in_stages(cfg: DictConfig, invocation: Invocation) -> Iterator[str]:
             log_flip_accuracy(cfg, built, test_images, tracked_run, training.epochs)
         yield "explained"
         log_model(cfg, built, test_images, tracked_run)
-        note = report.training_note(folder, evaluated_on, test, max_lr, run_name(cfg, invocation))
+        note = report.training_note(folder, evaluated_on, test, max_lr)
         tracked_run.set_tags({tracking.NOTE: note})
         log.info("Test accuracy %.2f%%, loss %.4f, after %d epochs.", test.accuracy, test.loss, training.epochs)
     yield "recorded"
@@ -132,7 +136,8 @@ def find_lr(cfg: DictConfig, invocation: Invocation) -> None:
     train_images, _ = parts.load_train_and_val(cfg.data)
     built = parts.build_parts(cfg, train_images.classes)
     with recorded(cfg, invocation, provenance.tags(built.device, built.precision)) as tracked_run:
-        found = find_max_lr(cfg, invocation.folder, built, train_images.to(built.device), tracked_run)
+        found = find_max_lr(cfg, invocation.folder, built, train_images.to(built.device))
+        log_range_test(invocation.folder, tracked_run)
         tracked_run.log_params({"scheduler.max_lr": found})
         tracked_run.set_tags({tracking.NOTE: f"LR finder, {cfg.lr_finder.select}: **{found:.6g}**"})
 
@@ -200,14 +205,14 @@ def choose_max_lr(
     if max_lr is None:
         return None
     if max_lr == "find":
-        max_lr, source = find_max_lr(cfg, folder, built, train_images, tracked_run), "find"
+        max_lr, source = find_max_lr(cfg, folder, built, train_images), "find"
     tracked_run.log_params({"scheduler.max_lr": max_lr})
     tracked_run.set_tags({"max_lr_source": source})
     return max_lr
 
 
-def find_max_lr(cfg: DictConfig, folder: Path, built: parts.Parts, train_images: Images, tracked_run: NoRun) -> float:
-    """The learning rate the range test suggests; its curve goes to lr_finder.csv, a figure and the tracked run."""
+def find_max_lr(cfg: DictConfig, folder: Path, built: parts.Parts, train_images: Images) -> float:
+    """The learning rate the range test suggests; its curve goes to lr_finder.csv and a figure."""
     finder = cfg.lr_finder
     log.info("LR finder: %d iterations from %g to %g", finder.num_iter, cfg.optimizer.lr, finder.end_lr)
     batches = itertools.chain.from_iterable(
@@ -227,9 +232,6 @@ def find_max_lr(cfg: DictConfig, folder: Path, built: parts.Parts, train_images:
     points = list(enumerate(zip(curve.lrs.tolist(), curve.losses.tolist(), strict=True), start=1))
     (folder / "lr_finder.csv").unlink(missing_ok=True)
     report.append_csv(folder / "lr_finder.csv", [{"iteration": i, "lr": lr, "loss": loss} for i, (lr, loss) in points])
-    tracked_run.log_series(
-        [point for i, (lr, loss) in points for point in (("lr_finder/lr", lr, i), ("lr_finder/loss", loss, i))]
-    )
     found = suggest(curve, finder.select)
     report.draw_lr_finder(folder, curve, found, finder.select)
     log.info("LR finder: %s gives scheduler.max_lr=%.6g", finder.select, found)

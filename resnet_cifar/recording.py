@@ -18,6 +18,7 @@ from resnet_cifar.environment import without_environment
 from resnet_cifar.errors import CheckpointError, StorageError
 from resnet_cifar.loop import EpochRecord
 from resnet_cifar.progress import shown, where_to_look
+from resnet_cifar.report import read_csv
 from resnet_cifar.signals import exit_on_sigterm
 from resnet_cifar.tracked_run import NoRun
 
@@ -42,7 +43,8 @@ log = logging.getLogger(__name__)
 class Invocation:
     """How a run was asked for: its folder, the overrides as typed, the option chosen of each group; `run_id` of one resumed.
 
-    `name` is what it varied in a sweep; `tags` say which sweep that is, and which runs are the same as this one.
+    In a sweep `name` says what it `varied` (keys), `place` where in the running sweep it stands, in words; `tags` say
+    which sweep that is, and which runs are the same as this one.
     """
 
     folder: Path
@@ -51,6 +53,8 @@ class Invocation:
     resumed: bool = False
     run_id: str | None = None
     name: str = ""
+    varied: tuple[str, ...] = ()
+    place: str = ""
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -79,7 +83,7 @@ def recorded(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, s
             run_id=invocation.run_id,
         )
         (folder / STATUS).unlink(missing_ok=True)
-        log.info("Run folder: %s", shown(folder))
+        log.info("%s%s", f"\n{invocation.place}\n" if invocation.place else "Run folder: ", shown(folder))
         try:
             yield tracked_run
         except BaseException as error:
@@ -96,7 +100,8 @@ def recorded(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, s
                 ) from error
             raise
         _end(folder, tracked_run, "FINISHED", None)
-    log.info("%s", where_to_look(cfg.task, folder, tracked_run))
+    if not invocation.place:  # a sweep says where to look once, at its end
+        log.info("%s", where_to_look(cfg.task, folder, tracked_run))
 
 
 @contextmanager
@@ -151,28 +156,41 @@ def run_id(folder: Path) -> str | None:
 
 
 def epoch_metrics(record: EpochRecord, evaluated_on: str) -> dict[str, float]:
-    """An epoch's record under the names of the metrics."""
+    """An epoch's record under the names of the metrics; MLflow's compare page ranks by the first a run ever logs."""
     return {
-        "train/loss": record.train_loss,
-        "train/accuracy": record.train_accuracy,
-        f"{evaluated_on}/loss": record.eval_loss,
         f"{evaluated_on}/accuracy": record.eval_accuracy,
+        f"{evaluated_on}/loss": record.eval_loss,
+        "train/accuracy": record.train_accuracy,
+        "train/loss": record.train_loss,
         "schedule/lr": record.lr,
         "speed/images_per_second": record.images_per_second,
         "speed/epoch_seconds": record.epoch_seconds,
     }
 
 
+def log_range_test(folder: Path, tracked_run: NoRun) -> None:
+    """The LR finder's curve, where there is one; after the epochs, since MLflow's compare page ranks by the first metric."""
+    if (folder / "lr_finder.csv").exists():
+        rows = read_csv(folder / "lr_finder.csv")
+        tracked_run.log_series(
+            (f"lr_finder/{key}", row[key], row["iteration"]) for row in rows for key in ("loss", "lr")
+        )
+
+
 def compared_params(cfg: DictConfig, invocation: Invocation) -> dict[str, Any]:
-    """Flat dotted keys and their values; `scheduler.max_lr`, which may have to be found first, is logged when it is known."""
+    """Flat dotted keys and their values, what was varied and given first, as a run's page in MLflow shows them.
+
+    `scheduler.max_lr`, which may have to be found first, is logged when it is known.
+    """
     values = dict(schema.leaves(without_environment(cfg)))
     params: dict[str, Any] = {group: invocation.choices.get(group) for group in COMPARED_GROUPS}
-    given = (override.partition("=")[0].lstrip("+") for override in invocation.overrides)
+    given = [override.partition("=")[0].lstrip("+") for override in invocation.overrides]
     for key in (*ALWAYS_COMPARED, *given, *COMPARED):
         room = len(params) < MOST_PARAMS - 1  # scheduler.max_lr is the last
         if room and values.get(key) is not None and not key.startswith(NOT_COMPARED):
             params[key] = values[key]
-    return params
+    first = [key for key in (*invocation.varied, *given) if key in params]
+    return {key: params[key] for key in dict.fromkeys([*first, *params])}
 
 
 def run_name(cfg: DictConfig, invocation: Invocation) -> str:

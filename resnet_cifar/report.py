@@ -220,25 +220,18 @@ def write_pictures(path: Path, names: Sequence[str], logits: Tensor, classes: Se
     return [f"{row['picture']}: {row['prediction']} ({row['confidence']:.1%})" for row in rows]
 
 
-def training_note(folder: Path, evaluated_on: str, test: Evaluation, max_lr: float | None, name: str) -> str:
-    """The run in a few lines of Markdown, for the top of its page in MLflow."""
+def training_note(folder: Path, evaluated_on: str, test: Evaluation, max_lr: float | None) -> str:
+    """The run in two lines of Markdown: MLflow folds more away on the run's page, which has the name above them."""
     history = read_csv(folder / "history.csv")
     best, last = max(history, key=lambda row: row["eval_accuracy"]), history[-1]
     reached = next((row["epoch"] for row in history if row["eval_accuracy"] >= TARGET_ACCURACY), None)
     seconds = sum(row["epoch_seconds"] for row in history)
-    peak = "no peak" if max_lr is None else f"{max_lr:.6g}"
-    return "\n".join(
-        [
-            f"### {name}",
-            f"**Test accuracy {test.accuracy:.2f}%**, loss {test.loss:.4f}, after {last['epoch']} epochs.",
-            "",
-            "| | |",
-            "|---|---|",
-            f"| best {evaluated_on} accuracy | {best['eval_accuracy']:.2f}% in epoch {best['epoch']} |",
-            f"| first epoch at {TARGET_ACCURACY}% | {reached or 'not reached'} |",
-            f"| max LR | {peak} |",
-            f"| time in epochs | {seconds / 60:.1f} min |",
-        ]
+    peak = "no peak" if max_lr is None else f"max LR {max_lr:.6g}"
+    target = f"{TARGET_ACCURACY}% first reached in epoch {reached}" if reached else f"{TARGET_ACCURACY}% not reached"
+    return (
+        f"**Test accuracy {test.accuracy:.2f}%**, loss {test.loss:.4f}, after {last['epoch']} epochs ({peak}).\n\n"
+        f"Best {evaluated_on} accuracy {best['eval_accuracy']:.2f}% in epoch {best['epoch']}, {target}; "
+        f"the epochs took {seconds / 60:.1f} min."
     )
 
 

@@ -15,6 +15,8 @@ from PIL import Image
 from processes import STEPS, TINY, Commands, disk_full_for_a_while, failing_figures, terminated_at_grad_cam
 
 from resnet_cifar import checkpoint, schema, tracking
+from resnet_cifar.compose import compose, parse_arguments
+from resnet_cifar.recording import Invocation, compared_params
 
 CIFAR10 = next(
     (root for root in (os.environ.get("CIFAR10_ROOT"), "../shared/data") if root and Path(root).exists()), None
@@ -111,6 +113,14 @@ def test_the_finders_curve_is_there_by_iteration(trained):
         assert [step for step, _ in trained.history(key)] == [1, 2, 3, 4]
     lrs = [lr for _, lr in trained.history("lr_finder/lr")]
     assert lrs[0] == 0.001 and lrs[-1] == pytest.approx(0.1)
+
+
+def test_what_runs_are_compared_by_comes_first_on_mlflows_pages(trained):
+    assert next(iter(trained.tracked.data.metrics)) == "test/accuracy"
+    cfg = compose(parse_arguments(["model.width=0.5", "scheduler.div_factor=25"])).jobs[0][0]
+    given = ("model.width=0.5", "scheduler.div_factor=25")
+    params = compared_params(cfg, Invocation(Path(), given, {"data": "cifar10"}, varied=("scheduler.div_factor",)))
+    assert list(params)[:3] == ["scheduler.div_factor", "model.width", "data"]
 
 
 def test_metrics_and_tables_agree(trained):
