@@ -46,7 +46,7 @@ NAMES = {
 }
 # Steps by width, of which the first are not counted: about as long for each width on 2 cores.
 STEPS = {0.125: (65, 10), 0.5: (9, 2), 1.0: (4, 1)}
-# What issue 10 asks of ours divided by the side, by the precision that the processor's instructions give.
+# What ours should be divided by the side, at least, by the precision that the processor's instructions give.
 TARGETS = {
     "bf16": {
         ("assignment", 0.125): 3.4,
