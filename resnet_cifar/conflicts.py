@@ -13,6 +13,7 @@ def conflicts(cfg: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
     `overrides` are the command line's, `key=value`: only what was given on purpose can be refused for doing nothing.
     """
     yield from _task(cfg)
+    yield from _devices(cfg)
     yield from _data(cfg["data"])
     yield from _learning_rate(cfg, overrides)
     yield from _tracking(cfg["tracking"])
@@ -26,6 +27,18 @@ def _task(cfg: dict[str, Any]) -> Iterator[str]:
         yield f"checkpoint={checkpoint} would do nothing with task={task}: it is for task=evaluate and task=explain"
     if cfg["explain"]["images"] is not None and task != "explain":
         yield f"explain.images={cfg['explain']['images']} would do nothing with task={task}: it is for task=explain"
+
+
+def _devices(cfg: dict[str, Any]) -> Iterator[str]:
+    device, devices = cfg["trainer"]["device"], cfg["trainer"]["devices"]
+    if devices == 1:
+        return
+    if cfg["task"] != "train":
+        yield f"trainer.devices={devices} would do nothing with task={cfg['task']}: it is for task=train"
+    if cfg["data"]["batch_size"] < devices:
+        yield f"trainer.devices={devices} should be at most data.batch_size={cfg['data']['batch_size']}"
+    if ":" in device:
+        yield f"trainer.device={device} names one GPU beside trainer.devices={devices}: give trainer.device=cuda"
 
 
 def _data(data: dict[str, Any]) -> Iterator[str]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from resnet_cifar.distributed import ALONE, World
 from resnet_cifar.errors import ConfigError, DataError
 
 # The held-out images are the same for every seed, so that runs with different seeds are compared on the same images.
@@ -136,8 +137,14 @@ def training_batches(
     seed: int,
     epoch: int,
     skip: int = 0,
+    world: World = ALONE,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """As `shuffled_batches`, augmented: each batch's draws are set by `seed`, `epoch` and its place in the epoch."""
+    """As `shuffled_batches`, augmented: each batch's draws are set by `seed`, `epoch` and its place in the epoch.
+
+    With several processes each augments the whole batch and yields its share: every image gets the draw that it would
+    get from one process.
+    """
     batches = shuffled_batches(images, batch_size, seed, epoch, skip)
     for batch, (pixels, labels, index) in enumerate(batches, start=skip):
-        yield augment(pixels, seeded(seed, 1, epoch, batch, device=pixels.device), index, epoch), labels
+        augmented = augment(pixels, seeded(seed, 1, epoch, batch, device=pixels.device), index, epoch)
+        yield world.take(augmented), world.take(labels)

@@ -1,32 +1,35 @@
 """One experiment: configuration -> parts -> loop -> records -> tracking and figures. The one place that sees every side."""
 
+import contextlib
 import dataclasses
 import itertools
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from signal import SIG_DFL
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resnet_cifar import checkpoint, parts, provenance, report, resume, sweep, tracking
 from resnet_cifar.data import Images, steps_per_epoch, training_batches
 from resnet_cifar.deployed_model import DeployedModel
-from resnet_cifar.environment import without_environment
+from resnet_cifar.distributed import ALONE, World
 from resnet_cifar.evaluation import evaluate_and_explain, evaluate_checkpoint, explain_checkpoint, log_flip_accuracy
 from resnet_cifar.fingerprint import config_hash, source_hash
-from resnet_cifar.loop import EpochRecord, Progress, StepRecord, Training, diverged, fit
+from resnet_cifar.launcher import launch
+from resnet_cifar.loop import EpochRecord, Progress, StepRecord, diverged, fit
 from resnet_cifar.lr_finder import range_test, suggest
 from resnet_cifar.progress import ProgressDisplay, shown
-from resnet_cifar.recording import Invocation, epoch_metrics, log_range_test, recorded
-from resnet_cifar.signals import StopRequest, stop_requests
+from resnet_cifar.recording import Invocation, epoch_metrics, log_range_test, recorded, run_id
+from resnet_cifar.signals import StopRequest, do_nothing, stop_requests
 from resnet_cifar.sync import sync_all
 from resnet_cifar.tracked_run import NoRun
+from resnet_cifar.training import begin, load, training_state
 
 log = logging.getLogger(__name__)
 
@@ -65,35 +68,59 @@ def asked_for(cfg: DictConfig) -> tuple[DictConfig, Invocation]:
 
 def train(cfg: DictConfig, invocation: Invocation) -> float:
     """The whole assignment: find the learning rate, train, evaluate, explain, record; the final accuracy (%)."""
-    for _stage in train_in_stages(cfg, invocation):
-        pass
+    if cfg.trainer.devices == 1:
+        take_part(ALONE, cfg, invocation)
+    else:
+        train_in_processes(cfg, invocation)
     return report.read_csv(invocation.folder / "history.csv")[-1]["eval_accuracy"]
 
 
-def train_in_stages(cfg: DictConfig, invocation: Invocation) -> Iterator[str]:
-    """`train` with a pause after each stage, whose name it yields: a notebook shows there what the folder holds by then."""
-    folder = invocation.folder
-    parts.check_targets(cfg)
-    parts.choose_device(cfg.trainer.device)
-    train_images, val_images = parts.load_train_and_val(cfg.data)
-    test_images = parts.load_split(cfg.data, train=False)
-    built = parts.build_parts(cfg, train_images.classes)
-    # Stopped before its first checkpoint, a run starts again.
-    resumable = invocation.resumed and checkpoint.exists(folder)
-    state = checkpoint.load(folder, built.network) if resumable else None
-    train_images, test_images = train_images.to(built.device), test_images.to(built.device)
-    evaluated_on = "test" if val_images is None else "val"
-    held_out = test_images if val_images is None else val_images.to(built.device)
+def train_in_processes(cfg: DictConfig, invocation: Invocation) -> None:
+    """`trainer.devices` processes, of which the first does all that one alone does; whatever ends one ends the run."""
+    device = parts.choose_device(cfg.trainer.device)
+    parts.check_devices(device, cfg.trainer.devices)
+    before = sweep.status(invocation.folder)[0] if invocation.resumed else None
+    logs = OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)
+    try:
+        launch(cfg.trainer.devices, device.type, logs, take_part, cfg, invocation)
+    except Exception as error:
+        known = run_id(invocation.folder)
+        if known is not None and sweep.status(invocation.folder)[0] not in ("FAILED", before):
+            # The process that recorded the run was killed.
+            with contextlib.suppress(BaseException), recorded(cfg, replace(invocation, resumed=True, run_id=known), {}):
+                raise error
+        raise
 
+
+def take_part(world: World, cfg: DictConfig, invocation: Invocation) -> None:
+    """One process's part in a training: all of it for the first, only steps and evaluations for the others."""
+    if world.rank == 0:
+        for _stage in train_in_stages(cfg, invocation, world):
+            pass
+        return
+    start = load(cfg, invocation, world)
+    peak = OmegaConf.select(cfg, "scheduler.max_lr")
+    training, progress = begin(cfg, start, None if peak is None else world.from_first(0), world)
+    for _record in fit(training, start.train, start.held_out, progress):
+        if world.from_first(0):  # the signal that has stopped it
+            return
+
+
+def train_in_stages(cfg: DictConfig, invocation: Invocation, world: World = ALONE) -> Iterator[str]:
+    """`train` with a pause after each stage, whose name it yields: a notebook shows there what the folder holds by then."""
+    folder, evaluated_on = invocation.folder, "val" if cfg.data.val_size else "test"
+    start = load(cfg, invocation, world)
+    built, train_images, test_images, state = start.built, start.train, start.test, start.state
     with recorded(cfg, invocation, provenance.tags(built.device, built.precision)) as tracked_run:
         describe(cfg, folder, built, train_images)
         yield "described"
         max_lr = state["max_lr"] if state else choose_max_lr(cfg, folder, built, train_images, tracked_run)
         yield "learning rate found"
-        training, progress = build_training(cfg, built, train_images, max_lr), Progress()
+        if max_lr is not None:
+            world.from_first(max_lr)
+        training, progress = begin(cfg, start, max_lr, world)
         steps = steps_per_epoch(train_images, training.batch_size)
         if state is not None:
-            resume.restore(training, built.network, progress, state)
             resume.cut_tables(folder, progress, steps)
             log.info("Resumed in epoch %d after %d of %d batches.", progress.epoch, progress.batch, steps)
         batch_size, estimate = training.batch_size, built.device.type == "cpu"
@@ -104,11 +131,12 @@ def train_in_stages(cfg: DictConfig, invocation: Invocation) -> Iterator[str]:
                 raise diverged(training, train_images, progress)
             checkpoint.save(training_state(cfg, built, training, progress, max_lr), folder / "checkpoints")
 
-        with stop_requests() as stop, display:
+        with stop_requests(repeated=SIG_DFL if world.size == 1 else do_nothing) as stop, display:
             try:
                 save()
-                records = fit(training, train_images, held_out, progress)
-                follow(records, folder, tracked_run, display, progress, save, cfg.trainer.checkpoint_minutes, stop)
+                records = fit(training, train_images, start.held_out, progress)
+                minutes = cfg.trainer.checkpoint_minutes
+                follow(records, folder, tracked_run, display, progress, save, minutes, stop, world)
             finally:
                 report.draw_curves(folder, evaluated_on, steps)
                 log_range_test(folder, tracked_run)
@@ -156,6 +184,7 @@ def follow(
     save: Callable[[], None],
     checkpoint_minutes: float,
     stop: StopRequest,
+    world: World,
 ) -> None:
     """Show, write and track the records of a training as they come, with checkpoints between.
 
@@ -175,6 +204,7 @@ def follow(
     saved = time.monotonic()
     try:
         for record in records:
+            stopped_by = int(world.from_first(stop.signal_number))
             if isinstance(record, StepRecord):
                 display.step(record, progress)
                 steps.append({"step": record.step, "epoch": record.epoch, "lr": record.lr, "loss": record.loss})
@@ -183,16 +213,16 @@ def follow(
                 epochs.append(dataclasses.asdict(record))
                 tracked_run.log_metrics(epoch_metrics(record, display.evaluated_on), step=record.epoch)
             due = time.monotonic() - saved > 60 * checkpoint_minutes
-            if isinstance(record, EpochRecord) or stop.signal_number or due:
+            if isinstance(record, EpochRecord) or stopped_by or due:
                 write_tables()
                 save()
                 saved = time.monotonic()
-            if stop.signal_number:
+            if stopped_by:
                 log.warning(
                     "Stopped by signal %d in epoch %d; a checkpoint is saved. Go on with it:\n  python run.py resume=%s",
-                    *(stop.signal_number, record.epoch, shown(folder)),
+                    *(stopped_by, record.epoch, shown(folder)),
                 )
-                raise SystemExit(stop.exit_code)
+                raise SystemExit(128 + stopped_by)
     finally:
         write_tables()
 
@@ -241,53 +271,6 @@ def find_max_lr(cfg: DictConfig, folder: Path, built: parts.Parts, train_images:
             "high. Look at lr_finder.png; lr_finder.select=steepest or valley choose lower."
         )
     return found
-
-
-def build_training(cfg: DictConfig, built: parts.Parts, train_images: Images, max_lr: float | None) -> Training:
-    """Optimizer and schedule over the network, which is compiled where asked for."""
-    scheduler = cfg.scheduler if max_lr is None else OmegaConf.merge(cfg.scheduler, {"max_lr": max_lr})
-    optimizer = parts.build_optimizer(cfg.optimizer, cfg.param_groups, built.network)
-    total_steps = cfg.trainer.epochs * steps_per_epoch(train_images, cfg.data.batch_size)
-    return Training(
-        model=torch.compile(built.network) if cfg.trainer.compile else built.network,
-        optimizer=optimizer,
-        scheduler=parts.build_scheduler(scheduler, optimizer, total_steps),
-        augment=built.augment,
-        epochs=cfg.trainer.epochs,
-        batch_size=cfg.data.batch_size,
-        seed=cfg.seed,
-        precision=built.precision,
-        label_smoothing=cfg.trainer.label_smoothing,
-        averaged=averaged_model(built.network, cfg.trainer.ema_decay),
-    )
-
-
-def averaged_model(network: torch.nn.Module, decay: float) -> AveragedModel | None:
-    """An exponential moving average of weights and batch-norm statistics; None for a decay of 0, the weights themselves."""
-    if decay == 0:
-        return None
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-
-
-def training_state(
-    cfg: DictConfig, built: parts.Parts, training: Training, progress: Progress, max_lr: float | None
-) -> dict[str, Any]:
-    """All that going on needs, as plain types and tensors."""
-    return {
-        "config": without_environment(cfg),
-        "classes": list(built.classes),
-        "max_lr": max_lr,
-        "model": built.network.state_dict(),
-        "averaged": None if training.averaged is None else training.averaged.state_dict(),
-        "optimizer": training.optimizer.state_dict(),
-        "scheduler": training.scheduler.state_dict(),
-        "rng": resume.generator_states(built.device),
-        "progress": {
-            **dataclasses.asdict(progress),
-            "loss_sum": float(progress.loss_sum),
-            "correct": int(progress.correct),
-        },
-    }
 
 
 def describe(cfg: DictConfig, folder: Path, built: parts.Parts, train_images: Images) -> None:

@@ -15,12 +15,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from resnet_cifar.augment import Augmentation, Normalise
 from resnet_cifar.data import Images, steps_per_epoch, training_batches
+from resnet_cifar.distributed import ALONE, World
 from resnet_cifar.errors import DivergedError
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step. `step` counts from 1 over the whole training; `loss` is the batch's mean, still on the device."""
+    """One optimizer step. `step` counts from 1 over the whole training; `loss` is the whole batch's mean, still on the device."""
 
     epoch: int
     step: int
@@ -76,6 +77,7 @@ class Training:
     precision: str = "fp32"  # or bf16
     label_smoothing: float = 0.0  # of the training loss: Szegedy et al., arXiv:1512.00567
     averaged: AveragedModel | None = None  # updated after every step, and evaluated in the model's place
+    world: World = ALONE  # the processes that share every batch; with more than one, `model` is under DDP
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -106,6 +108,7 @@ def fit(
         evaluation = evaluate(
             training.averaged or training.model,
             *(held_out, training.augment.normalise, training.batch_size, training.precision),
+            world=training.world,
         )
         if not math.isfinite(evaluation.loss):  # the last step broke weights that had a finite loss
             raise diverged(training, train, progress)
@@ -125,19 +128,21 @@ def fit(
 
 def train_epoch(training: Training, train: Images, progress: Progress) -> Iterator[StepRecord]:
     """The steps of the current epoch that are not done yet; the scheduler is stepped after each but the training's last."""
-    model, optimizer = training.model, training.optimizer
+    model, optimizer, world = training.model, training.optimizer, training.world
     device = train.labels.device
     steps = steps_per_epoch(train, training.batch_size)
     batches = training_batches(
-        train, training.augment, training.batch_size, training.seed, progress.epoch, skip=progress.batch
+        *(train, training.augment, training.batch_size, training.seed, progress.epoch, progress.batch, world)
     )
     model.train()
     for images, labels in batches:
         lr = float(optimizer.param_groups[0]["lr"])
+        batch_size = min(training.batch_size, len(train) - progress.batch * training.batch_size)  # of all processes
         with autocast(device, training.precision):
             logits = model(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing)
-        if device.type == "cpu" and not torch.isfinite(loss):
+            loss = F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing) * world.weight(batch_size)
+        batch_loss = world.mean(loss.detach())
+        if device.type == "cpu" and not torch.isfinite(batch_loss):
             raise diverged(training, train, dataclasses.replace(progress, batch=progress.batch + 1, lr=lr))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -146,13 +151,14 @@ def train_epoch(training: Training, train: Images, progress: Progress) -> Iterat
             training.averaged.update_parameters(model)
         progress.batch += 1
         progress.lr = lr
-        progress.loss_sum += loss.detach() * len(labels)
-        progress.correct += (logits.detach().argmax(1) == labels).sum()
+        progress.loss_sum += batch_loss * batch_size
+        own = len(world.share(batch_size))
+        progress.correct += world.sum((logits.detach().argmax(1) == labels)[:own].sum())
         step = (progress.epoch - 1) * steps + progress.batch
         # OneCycleLR stepped once more after the last batch extrapolates below zero, the reference's -5.9e-06.
         if training.scheduler is not None and step < training.epochs * steps:
             training.scheduler.step()
-        yield StepRecord(progress.epoch, step, lr, loss.detach())
+        yield StepRecord(progress.epoch, step, lr, batch_loss)
 
 
 @torch.inference_mode()
@@ -163,18 +169,22 @@ def evaluate(
     batch_size: int = 512,
     precision: str = "fp32",
     flip: bool = False,
+    world: World = ALONE,
 ) -> Evaluation:
-    """Loss, accuracy and logits on `images`, not augmented; the model's mode is put back.
+    """Loss, accuracy and logits on `images`, of which each process takes a share; the model's mode is put back.
 
-    With `flip` the logits are means over each image and its mirror image: test-time augmentation.
+    Nothing is augmented, but with `flip` the logits are means over each image and its mirror image: test-time augmentation.
     """
     was_training = model.training
     model.eval()
+    world.share_buffers(model)
     logits = []
     with autocast(images.labels.device, precision):
         for batch in images.images.split(batch_size):
-            views = [normalise(batch), normalise(batch.flip(-1))] if flip else [normalise(batch)]
-            logits.append(sum(model(view).float() for view in views) / len(views))
+            own = world.take(batch)
+            views = [normalise(own), normalise(own.flip(-1))] if flip else [normalise(own)]
+            own_logits = sum(model(view).float() for view in views) / len(views)
+            logits.append(world.gather(own_logits, len(batch)))
     model.train(was_training)
     all_logits = torch.cat(logits)
     loss = F.cross_entropy(all_logits, images.labels).item()

@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 
 from resnet_cifar import schema
 from resnet_cifar.compose import compose, parse_arguments, start_job
+from resnet_cifar.errors import ConfigError
 from resnet_cifar.experiment import asked_for
 from resnet_cifar.recording import Invocation
 
@@ -17,6 +18,8 @@ def begin(*overrides: str) -> tuple[DictConfig, Invocation]:
     """
     for cfg, given in compose(parse_arguments(overrides)).jobs:
         schema.check(cfg, given)
+        if cfg.trainer.devices > 1:
+            raise ConfigError("trainer.devices: a notebook trains in its own process; give more to python run.py")
     return start_job(overrides, asked_for)
 
 

@@ -67,6 +67,16 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def check_devices(device: torch.device, devices: int) -> None:
+    """Raise ConfigError where fewer devices are there than processes want one each; a CPU is shared."""
+    count = torch.get_device_module(device.type).device_count()
+    if device.type != "cpu" and devices > count:
+        raise ConfigError(
+            f"trainer.devices={devices}: there are {count} devices of the kind {device.type} here. "
+            "Use fewer, or trainer.device=cpu"
+        )
+
+
 def choose_precision(name: str, device: torch.device) -> str:
     """`fp32` or `bf16`; `auto` is bf16 where the hardware computes in it: without its instructions a CPU only gets slower."""
     if device.type == "cuda":

@@ -3,6 +3,7 @@
 import json
 import logging
 import shlex
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from resnet_cifar.errors import CheckpointError, StorageError
 from resnet_cifar.loop import EpochRecord
 from resnet_cifar.progress import shown, where_to_look
 from resnet_cifar.report import read_csv
-from resnet_cifar.signals import exit_on_sigterm
+from resnet_cifar.signals import exit_on_sigterm, ignored
 from resnet_cifar.tracked_run import NoRun
 
 # What people compare runs by, as far as a configuration has it: these always, then what was overridden, then the others.
@@ -118,6 +119,7 @@ def only_process(folder: Path) -> Iterator[None]:
         raise StorageError(f"Another process is working on the run in {folder}. Wait for it or stop it.") from error
 
 
+@ignored(signal.SIGTERM)  # a second one, when the first has ended the run, would leave it without an end
 def _end(folder: Path, tracked_run: NoRun, status: str, note: str | None) -> None:
     for pattern in FILES:
         for path in sorted(folder.glob(pattern)):

@@ -128,6 +128,7 @@ class Data(TypedDict):
 class Trainer(TypedDict):
     epochs: Count
     device: Device
+    devices: Count
     precision: Literal["auto", "fp32", "bf16"]
     channels_last: bool
     compile: bool

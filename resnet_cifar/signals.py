@@ -3,7 +3,7 @@
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,8 +21,14 @@ class StopRequest:
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Collect signals in a `StopRequest` instead of raising; outside the main thread, where none arrive, do nothing."""
+def stop_requests(
+    then: Callable[[int], None] = lambda number: None,
+    repeated: Callable[[int, object], None] | signal.Handlers = signal.SIG_DFL,
+) -> Iterator[StopRequest]:
+    """Collect signals in a `StopRequest` instead of raising; outside the main thread, where none arrive, do nothing.
+
+    `then` is called with the first signal's number; `repeated` is what happens to those that follow it.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -32,7 +38,8 @@ def stop_requests() -> Iterator[StopRequest]:
     def remember(number: int, _frame: object) -> None:
         request.signal_number = number
         for each in previous:
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, repeated)
+        then(number)
 
     for number in previous:
         signal.signal(number, remember)
@@ -54,3 +61,21 @@ def exit_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def do_nothing(_number: int, _frame: object) -> None:
+    """A handler that ignores a signal; where another handler is at work, Python would complain about SIG_IGN."""
+
+
+@contextmanager
+def ignored(*numbers: int) -> Iterator[None]:
+    """These signals do nothing; outside the main thread, where none arrive, do nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, do_nothing) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

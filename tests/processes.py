@@ -65,11 +65,15 @@ class Commands:
         fault: Callable[..., None] | None = None,
         fault_arguments: tuple = (),
         environment: Mapping[str, str] | None = None,
+        daemon: bool = True,
     ) -> Command:
-        """Start `run.py` with these arguments after `fault`, a function of this module, has prepared its process."""
+        """Start `run.py` with these arguments after `fault`, a function of this module, has prepared its process.
+
+        A `daemon` does not outlive the tests, and may not start processes of its own.
+        """
         details = (arguments, str(printed), fault, fault_arguments, dict(environment or {}))
         printed.touch()
-        process = self._context.Process(target=_run, args=details, daemon=True)  # none outlives the tests
+        process = self._context.Process(target=_run, args=details, daemon=daemon)
         process.start()
         return Command(process, printed)
 

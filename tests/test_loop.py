@@ -312,7 +312,7 @@ def imports(path):
 def test_the_loop_knows_no_tracker_and_no_plot():
     imported = imported_by("resnet_cifar.loop")
     ours = {name for name in imported if name.startswith("resnet_cifar.")}
-    assert ours == {f"resnet_cifar.{name}" for name in ("loop", "augment", "data", "errors")}
+    assert ours == {f"resnet_cifar.{name}" for name in ("loop", "augment", "data", "distributed", "errors")}
     assert not {"mlflow", "matplotlib", "hydra", "omegaconf"} & imported
 
 
