@@ -204,7 +204,6 @@ def follow(
     saved = time.monotonic()
     try:
         for record in records:
-            stopped_by = int(world.from_first(stop.signal_number))
             if isinstance(record, StepRecord):
                 display.step(record, progress)
                 steps.append({"step": record.step, "epoch": record.epoch, "lr": record.lr, "loss": record.loss})
@@ -212,6 +211,7 @@ def follow(
                 display.epoch(record)
                 epochs.append(dataclasses.asdict(record))
                 tracked_run.log_metrics(epoch_metrics(record, display.evaluated_on), step=record.epoch)
+            stopped_by = int(world.from_first(stop.signal_number))
             due = time.monotonic() - saved > 60 * checkpoint_minutes
             if isinstance(record, EpochRecord) or stopped_by or due:
                 write_tables()
