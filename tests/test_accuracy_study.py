@@ -47,13 +47,3 @@ def test_what_is_missing_is_measured_and_what_is_there_is_not(measure):
     assert 0 <= float(rows[0]["accuracy"]) <= 100 and 0 <= float(rows[0]["accuracy_flip_tta"]) <= 100
     missing, rows = measure("--list")
     assert "other, seed 0" in missing and "first" not in missing and len(rows) == 1
-
-
-def test_a_run_that_was_stopped_goes_on(measure, tmp_path):
-    measure("--rows", "first")
-    folder = tmp_path / "outputs" / "accuracy" / "tiny" / "first_seed_0"
-    (tmp_path / "experiments" / "accuracy" / "results.csv").unlink()
-    (folder / "status.txt").unlink()  # as a kill in its last moments leaves it
-    history = (folder / "history.csv").read_text()
-    _, rows = measure("--rows", "first")
-    assert len(rows) == 1 and (folder / "history.csv").read_text() == history

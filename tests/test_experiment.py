@@ -301,7 +301,7 @@ def test_held_out_images_are_looked_at_each_epoch_and_the_test_once(start):
 
 def test_the_ingredients_of_more_accurate_trainings_work_together(start):
     ingredients = (
-        *("optimizer=sgd", "scheduler.max_lr=0.05", "augmentation=crop_alternating_flip_cutout"),
+        *("optimizer=sgd", "scheduler.max_lr=0.05", "augmentation=alternating"),
         *("trainer.label_smoothing=0.1", "trainer.ema_decay=0.5", "trainer.flip_tta=true", "model.logit_scale=0.125"),
         *("param_groups.norm_bias_lr_factor=4", "param_groups.decay_norm_and_bias=false", "trainer.precision=fp32"),
     )

@@ -22,11 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 from tqdm import tqdm
 
-from resnet_cifar import experiment, parts
+from resnet_cifar import parts
 from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.custom_resnet import CustomResNet
 from resnet_cifar.data import training_batches
 from resnet_cifar.loop import Progress, autocast, train_epoch
+from resnet_cifar.training import build_training
 
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]
 WORKERS = 2
@@ -82,7 +83,7 @@ def ours(setting: Setting, watch: Stopwatch) -> None:
     """(a) This package: the parts and the loop of `run.py`, precision auto."""
     cfg = configuration(setting)
     train = parts.load_train_and_val(cfg.data)[0].to(setting.device)
-    training = experiment.build_training(cfg, parts.build_parts(cfg, train.classes), train, MAX_LR)
+    training = build_training(cfg, parts.build_parts(cfg, train.classes), train, MAX_LR)
     for epoch in range(1, training.epochs + 1):
         for _ in train_epoch(training, train, Progress(epoch=epoch)):
             if watch.step():
