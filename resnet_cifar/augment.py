@@ -82,18 +82,20 @@ class AlternatingFlip(ScheduledTransform):
 
 
 class ProgressiveResize(ScheduledTransform):
-    """Shrink the images to `sizes[epoch - 1]` pixels, after the last of them not at all: cheap epochs first.
+    """Shrink the images to `first` pixels at first, to more in equal steps of `epochs`, in the last not at all.
 
-    Progressive resizing as in fast.ai's DAWNBench entry (Howard et al., 2018); antialiased bilinear interpolation.
+    Sizes are multiples of 4. Progressive resizing as in fast.ai's DAWNBench entry (Howard et al., 2018); antialiased
+    bilinear interpolation.
     """
 
-    def __init__(self, sizes: Sequence[int]) -> None:
-        self.sizes = list(sizes)
+    def __init__(self, first: int, epochs: int) -> None:
+        self.first, self.epochs = first, epochs
 
     def __call__(self, images: Tensor, index: Tensor, epoch: int) -> Tensor:
-        if epoch > len(self.sizes) or self.sizes[epoch - 1] == images.shape[-1]:
-            return images
-        return F.interpolate(images, size=(self.sizes[epoch - 1],) * 2, mode="bilinear", antialias=True)
+        full = images.shape[-1]
+        done = min(1.0, (epoch - 1) / max(1, self.epochs - 1))
+        size = int(self.first + (full - self.first) * done) // 4 * 4
+        return images if size >= full else F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
 
 
 class Cutout(BatchTransform):

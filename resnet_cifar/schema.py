@@ -97,9 +97,16 @@ class Cutout(TypedDict):
     fill: Annotated[list[Fraction], Field(min_length=3, max_length=3)]
 
 
+@open_to_arguments
+class ProgressiveResize(TypedDict):
+    first: Annotated[int, Field(ge=4, le=32)]
+    epochs: Count
+
+
 # The arguments of these are part of the contract; those of other targets are the target's own affair.
 ARGUMENTS = {
     "resnet_cifar.augment.Cutout": Cutout,
+    "resnet_cifar.augment.ProgressiveResize": ProgressiveResize,
     "resnet_cifar.augment.RandomCrop": RandomCrop,
     "resnet_cifar.augment.RandomHorizontalFlip": RandomHorizontalFlip,
     "resnet_cifar.custom_resnet.CustomResNet": CustomResNet,

@@ -102,13 +102,13 @@ def test_alternating_flip_goes_by_the_image_and_not_by_its_place_in_the_batch():
 
 
 def test_progressive_resize_follows_the_epochs_and_ends_at_full_size():
-    resize = Augmentation([ProgressiveResize([16, 24])], IDENTITY)
-    shapes = [resize(coordinates(2), generator(), epoch=epoch).shape[-2:] for epoch in (1, 2, 3)]
-    assert shapes == [(16, 16), (24, 24), (32, 32)]
+    resize = Augmentation([ProgressiveResize(first=16, epochs=8)], IDENTITY)
+    sizes = [tuple(resize(coordinates(2), generator(), epoch=epoch).shape[-2:]) for epoch in range(1, 10)]
+    assert sizes == [(size, size) for size in (16, 16, 20, 20, 24, 24, 28, 32, 32)]
 
 
 def test_progressive_resize_averages_what_it_shrinks():
-    halved = ProgressiveResize([16])(coordinates(1), torch.zeros(1), 1)
+    halved = ProgressiveResize(first=16, epochs=2)(coordinates(1), torch.zeros(1), 1)
     rows = halved[0, 0, 2:-2, 0].float()  # antialiased, a pixel covers two rows and a bit: 2i + 1.5, rounded
     assert (rows - (2 * torch.arange(2, 14) + 1.5)).abs().max() <= 0.5
 
