@@ -2,10 +2,10 @@
 
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import torchvision
 
 
 def tags(device: torch.device, precision: str) -> dict[str, str]:
@@ -14,7 +14,7 @@ def tags(device: torch.device, precision: str) -> dict[str, str]:
         **_git(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "torchvision": torchvision.__version__,
+        "torchvision": version("torchvision"),  # importing it costs a second or two, and data=digits does without
         "cuda": torch.version.cuda if device.type == "cuda" else "none",
         "device": device.type,
         "device_name": device_name(device),

@@ -96,7 +96,7 @@ def result(folder: Path) -> dict[str, object]:
         "precision": tracked.tags["precision"],
         "commit": tracked.tags.get("git_commit", ""),
         "date": date.today().isoformat(),
-        "overrides": tracked.tags["overrides"].replace(f"data.root={cfg.data.root} ", ""),
+        "overrides": " ".join(word for word in tracked.tags["overrides"].split() if not word.startswith("data.root=")),
     }
 
 
