@@ -48,10 +48,15 @@ class Sweep:
                 env=environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,
+                # A shell that runs the tests in its background has them, and what they start, ignore Ctrl-C.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def ends(self):
-        return self.process.wait(240)
+        try:
+            return self.process.wait(240)
+        finally:
+            self.process.kill()  # does nothing to one that has ended
 
     @property
     def output(self):
