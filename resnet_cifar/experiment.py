@@ -7,7 +7,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from signal import SIG_DFL
 from typing import Any
@@ -87,7 +86,8 @@ def train_in_processes(cfg: DictConfig, invocation: Invocation) -> None:
         known = run_id(invocation.folder)
         if known is not None and sweep.status(invocation.folder)[0] not in ("FAILED", before):
             # The process that recorded the run was killed.
-            with contextlib.suppress(BaseException), recorded(cfg, replace(invocation, resumed=True, run_id=known), {}):
+            stopped = dataclasses.replace(invocation, resumed=True, run_id=known)
+            with contextlib.suppress(BaseException), recorded(cfg, stopped, {}):
                 raise error
         raise
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord
-from resnet_cifar.tracked_run import NoRun
+from resnet_cifar.tracked_run import NoRun, run_page
 
 STEPS_BEFORE_ESTIMATE = 10
 HOUR = 3600
@@ -106,8 +106,7 @@ def where_to_look(task: str, folder: Path, tracked_run: NoRun) -> str:
     if tracked_run.url:
         lines.append(f"MLflow   {shown_uri(tracked_run.url)}")
         if not tracked_run.url.startswith("http"):
-            page = f"#/experiments/{tracked_run.experiment_id}/runs/{tracked_run.run_id}?workflowType=machine_learning"
-            lines.append(f"         {LOCAL_SERVER}/{page}")
+            lines.append(f"         {run_page(LOCAL_SERVER, tracked_run.experiment_id, tracked_run.run_id)}")
     if task == "train":
         lines.append("next     python run.py task=explain explain.images=<folder of pictures> \\")
         lines.append(f"           checkpoint={shown(folder)}")

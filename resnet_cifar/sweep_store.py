@@ -19,7 +19,7 @@ from resnet_cifar.progress import LOCAL_SERVER, shown_uri
 from resnet_cifar.store_errors import user_errors
 from resnet_cifar.sweep import SKIP, status
 from resnet_cifar.sync import sync_all
-from resnet_cifar.tracked_run import NoRun
+from resnet_cifar.tracked_run import NoRun, run_page
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
@@ -182,7 +182,7 @@ def where_to_look(uri: str, summary: NoRun, run_ids: Sequence[str]) -> list[str]
     )
     is_server = urlsplit(uri).scheme in ("http", "https")
     server = uri.rstrip("/") if is_server else LOCAL_SERVER
-    page = f"{server}/#/experiments/{summary.experiment_id}/runs/{summary.run_id}?workflowType=machine_learning"
+    page = run_page(server, summary.experiment_id, summary.run_id)
     compare = f"{server}/#/compare-runs?runs={runs}&experiments={experiments}&workflowType=machine_learning"
     serve = [] if is_server else [f"MLflow   mlflow ui --backend-store-uri {shown_uri(uri)}"]
     return [*serve, f"summary  {page}", f"compare  {compare}"]

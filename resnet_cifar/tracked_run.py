@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+
+def run_page(server: str, experiment_id: str, run_id: str) -> str:
+    """The address of a run's page in the MLflow UI of `server`."""
+    return f"{server}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+
+
 POINTS_PER_RECORD = 1000  # MLflow's limits for one request
 VALUES_PER_RECORD = 100
 FLUSH_SECONDS = 10.0

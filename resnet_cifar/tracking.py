@@ -26,7 +26,7 @@ from resnet_cifar.errors import CheckpointError, ConfigError, StorageError
 from resnet_cifar.passwords import has_password, without_passwords
 from resnet_cifar.process_identity import identity, is_alive, is_gone, origin
 from resnet_cifar.store_errors import user_errors, within
-from resnet_cifar.tracked_run import NoRun, Run
+from resnet_cifar.tracked_run import NoRun, Run, run_page
 
 if TYPE_CHECKING:
     import numpy as np
@@ -116,7 +116,7 @@ class Store:
         """Where to look at a run: its page on a server, or the command that serves a database."""
         if not self._is_server:
             return f"mlflow ui --backend-store-uri {self.uri}"
-        return f"{self.uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+        return run_page(self.uri.rstrip("/"), experiment_id, run_id)
 
     @contextmanager
     def creation_lock(self) -> Iterator[None]:

@@ -25,9 +25,9 @@ def measurements(benchmark, **rates):
 
 def test_the_table_has_medians_spread_and_our_median_over_theirs(benchmark, tmp_path):
     path = tmp_path / "results.csv"
-    benchmark.append(path, measurements(benchmark, ours=[90, 120, 100], assignment=[20, 30]))
-    benchmark.append(path, measurements(benchmark, assignment=[25]))  # a later call adds to the first
-    benchmark.append(path, [{"machine": "another", **benchmark.row("step", "ours", 1e6, "images/s", "", 0.125)}])
+    benchmark.append_csv(path, measurements(benchmark, ours=[90, 120, 100], assignment=[20, 30]))
+    benchmark.append_csv(path, measurements(benchmark, assignment=[25]))  # a later call adds to the first
+    benchmark.append_csv(path, [{"machine": "another", **benchmark.row("step", "ours", 1e6, "images/s", "", 0.125)}])
     table = benchmark.step_table(benchmark.measured(path, "this"))
     assert "| 0.125 | (a) our training path | 100.0 (90.0 - 120.0, 3) | 1.00 |  |" in table
     assert "| 0.125 | (b) the assignment's loop | 25.0 (20.0 - 30.0, 3) | 4.00 |  |" in table

@@ -17,13 +17,13 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from resnet_cifar import recording, tracking
+from resnet_cifar.errors import StorageError
+from resnet_cifar.report import TARGET_ACCURACY, append_csv, read_csv
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results.csv"
-COLUMNS = (
-    *("study", "row", "seed", "split", "accuracy", "accuracy_flip_tta", "loss", "epochs", "first_epoch_over_90"),
-    *("max_lr", "seconds", "device", "precision", "commit", "date", "overrides"),
-)
 
 
 def main() -> None:
@@ -40,7 +40,8 @@ def main() -> None:
             if not arguments.list:
                 folder = Path(arguments.output_dir, arguments.study, f"{row}_seed_{seed}").absolute()
                 run(command, folder, arguments.data_root)
-                append({"study": arguments.study, "row": row, "seed": seed, **result(folder)})
+                if not append_csv(RESULTS, [{"study": arguments.study, "row": row, "seed": seed, **result(folder)}]):
+                    sys.exit(StorageError.exit_code)
 
 
 def parser(studies: dict) -> argparse.ArgumentParser:
@@ -76,12 +77,9 @@ def run(overrides: list[str], folder: Path, data_root: str) -> None:
 
 def result(folder: Path) -> dict[str, object]:
     """The row of a finished run, from its files and from MLflow."""
-    from resnet_cifar import recording, tracking
-
     cfg = OmegaConf.load(folder / "config.yaml")
     tracked = tracking.Store(cfg.tracking.uri).client.get_run(recording.run_id(folder)).data
-    with (folder / "history.csv").open(newline="") as file:
-        history = list(csv.DictReader(file))
+    history = read_csv(folder / "history.csv")
     held_out = cfg.data.val_size > 0  # a choice is made on held-out images: the test accuracy is not even written down
     return {
         "split": "val" if held_out else "test",
@@ -89,25 +87,15 @@ def result(folder: Path) -> dict[str, object]:
         "accuracy_flip_tta": "" if held_out else tracked.metrics.get("test/accuracy_flip_tta", ""),
         "loss": history[-1]["eval_loss"],
         "epochs": len(history),
-        "first_epoch_over_90": next((row["epoch"] for row in history if float(row["eval_accuracy"]) >= 90), ""),
+        "first_epoch_over_90": next((row["epoch"] for row in history if row["eval_accuracy"] >= TARGET_ACCURACY), ""),
         "max_lr": tracked.params.get("scheduler.max_lr", ""),
-        "seconds": round(sum(float(row["epoch_seconds"]) for row in history)),
+        "seconds": round(sum(row["epoch_seconds"] for row in history)),
         "device": f"{tracked.tags['device_name']}, {tracked.tags['threads']} threads",
         "precision": tracked.tags["precision"],
         "commit": tracked.tags.get("git_commit", ""),
         "date": date.today().isoformat(),
         "overrides": " ".join(word for word in tracked.tags["overrides"].split() if not word.startswith("data.root=")),
     }
-
-
-def append(row: dict[str, object]) -> None:
-    """Add one row to the results."""
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ import competitors
 import data_path
 import run_around
 
+from resnet_cifar.errors import StorageError
 from resnet_cifar.parts import choose_device, choose_precision
+from resnet_cifar.report import append_csv
 
 FOLDER = Path(__file__).parent
 SIDES = {
@@ -75,7 +77,6 @@ INSTRUCTIONS = (
     "sve",
     "sve_bf16",
 )  # those that set the speed
-FIELDS = ("machine", "part", "item", "width", "value", "unit", "target")
 
 
 def machine(device: torch.device, precision: str) -> str:
@@ -131,16 +132,6 @@ def has_lightning() -> bool:
 def row(part: str, item: str, value: float, unit: str, target: str = "", width: float | str = "") -> dict:
     """One measurement, without its machine."""
     return {"part": part, "item": item, "width": width, "value": value, "unit": unit, "target": target}
-
-
-def append(path: Path, rows: Sequence[dict]) -> None:
-    """Add measurements to the CSV file."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def measured(path: Path, on: str) -> dict[tuple[str, str, str], list[dict]]:
@@ -239,8 +230,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "run": lambda: [row("run", *entry) for entry in run_around.measure(arguments.data_root, arguments.repeats)],
     }
     for part, measure in measurements.items():
-        if arguments.only in (None, part):
-            append(results, [{"machine": on, **entry} for entry in measure()])
+        rows = [{"machine": on, **entry} for entry in measure()] if arguments.only in (None, part) else []
+        if rows and not append_csv(results, rows):
+            sys.exit(StorageError.exit_code)
     groups = measured(results, on)
     print("", *step_table(groups), "", *part_table(groups, "data"), "", *part_table(groups, "run"), sep="\n")
     if any(part == "step" for part, _, _ in groups):

@@ -3,7 +3,6 @@
 One epoch of a few thousand images at width 0.125, so that hardly anything but the run's own cost is left.
 """
 
-import csv
 import os
 import re
 import subprocess
@@ -13,6 +12,8 @@ import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+
+from resnet_cifar.report import read_csv
 
 Entry = tuple[str, float, str, str]  # what, value, unit, target
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,10 +82,9 @@ def sweep(arguments: list[str], repeat: int) -> Iterator[Entry]:
 
 def training_times(folder: Path) -> tuple[float, float]:
     """When the first step ended and when the only epoch did, its evaluation included; in seconds since 1970."""
-    with (folder / "history.csv").open() as file:
-        (epoch,) = csv.DictReader(file)
+    (epoch,) = read_csv(folder / "history.csv")
     trained = written(folder / "history.csv")
-    return trained - float(epoch["epoch_seconds"]) + BATCH / float(epoch["images_per_second"]), trained
+    return trained - epoch["epoch_seconds"] + BATCH / epoch["images_per_second"], trained
 
 
 def written(path: Path) -> float:
