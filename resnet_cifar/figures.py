@@ -26,6 +26,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.titlelocation": "left",
     "axes.titlesize": 11,
+    "axes.titley": 1.0,  # else matplotlib looks for ticks above every panel, the half of drawing a grid
     "figure.dpi": 150,
     "figure.facecolor": "white",
     "figure.titlesize": 12,
@@ -209,7 +210,7 @@ def _grid(count: int, columns: int, row_height: float, title: str, footer: float
     figure = Figure(figsize=(9, rows * row_height + heading + footer), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.06)
     figure.suptitle(title, x=0.01, ha="left")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    panels = list(figure.subplots(rows, columns, squeeze=False, subplot_kw={"xticks": (), "yticks": ()}).flat)
     for axes in panels:
         axes.set_axis_off()
     return figure, panels[:count]
