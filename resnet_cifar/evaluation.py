@@ -24,7 +24,7 @@ def evaluate_checkpoint(cfg: DictConfig, invocation: Invocation) -> None:
     cfg, state = with_checkpoint(cfg, invocation.overrides)
     parts.check_targets(cfg)
     built = restore_parts(cfg, state)
-    images = parts.load_split(cfg.data, train=False).to(built.device)
+    images = parts.load_test(cfg.data).to(built.device)
     with recorded(cfg, invocation, provenance.tags(built.device, built.precision)) as tracked_run:
         test = evaluate_and_explain(cfg, invocation.folder, built, images)
         trained_epochs = state["progress"]["epoch"] - 1

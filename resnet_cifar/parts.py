@@ -1,8 +1,11 @@
 """From the configuration to the parts of a training: device, images, model, optimizer, scheduler, augmentation."""
 
+import contextlib
+import ctypes
 import functools
 import inspect
 import logging
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +41,8 @@ class Parts:
 def build_parts(cfg: DictConfig, classes: tuple[str, ...]) -> Parts:
     """Network and augmentation on the device that the configuration names."""
     device, channels_last = choose_device(cfg.trainer.device), cfg.trainer.channels_last
+    if device.type == "cpu":
+        keep_freed_memory()
     network = build_model(cfg.model, len(classes), device, channels_last, cfg.seed)
     for layer in cfg.explain.layers.values():
         check_layer(network, layer)
@@ -65,6 +70,19 @@ def choose_device(name: str) -> torch.device:
             f"trainer.device={name}: there is no such device here ({count} of that kind). Use trainer.device=auto"
         )
     return device
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what tensors free for the tensors of the next step; without glibc nothing changes.
+
+    By default it returns every block of over 32 MB to the system and takes new pages for the next, which the system
+    clears first: mallopt(3). What that costs: experiments/speed.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def check_devices(device: torch.device, devices: int) -> None:
@@ -104,37 +122,48 @@ def check_targets(cfg: DictConfig) -> None:
         check_arguments(transform)
 
 
-def load_split(data: DictConfig, train: bool) -> Images:
-    """The training or the test images, cut to `data.train_size` or `data.test_size`.
+def load_test(data: DictConfig) -> Images:
+    """The test images, the first `data.test_size` of them.
 
     Raises:
         DataError: the data set is missing, corrupt or cannot be downloaded.
     """
-    try:
-        images = _read(OmegaConf.to_yaml(data.dataset, resolve=True), train)
-    except (OSError, RuntimeError, EOFError) as error:
-        subfolder = getattr(resolve(data.dataset._target_), "base_folder", "")
-        raise dataset_error(error, data.root, subfolder) from error
-    if train:
-        return images
-    return subset(images, data.test_size, "data.test_size")
-
-
-@functools.lru_cache(maxsize=2)
-def _read(dataset: str, train: bool) -> Images:
-    # Once for all the jobs of a sweep, which would otherwise read and verify the same files each time.
-    return as_images(instantiate(OmegaConf.create(dataset), train=train))
+    return subset(_load(data, train=False)[0], data.test_size, "data.test_size")
 
 
 def load_train_and_val(data: DictConfig) -> tuple[Images, Images | None]:
-    """The training images and, where `data.val_size` holds some out of them, the validation images."""
-    train, val = load_split(data, train=True), None
-    if data.val_size:
-        train, val = hold_out(train, data.val_size)
+    """The training images and, where `data.val_size` holds some out of them, the validation images.
+
+    Raises:
+        DataError: as `load_test`.
+    """
+    train, val = _load(data, train=True)
     train = subset(train, data.train_size, "data.train_size")
     if data.batch_size > len(train):
         raise ConfigError(f"data.batch_size={data.batch_size}: larger than the {len(train)} training images.")
     return train, val
+
+
+def _load(data: DictConfig, train: bool) -> tuple[Images, Images | None]:
+    try:
+        return _read(OmegaConf.to_yaml(data.dataset, resolve=True), train, data.val_size if train else 0)
+    except (OSError, RuntimeError, EOFError) as error:
+        subfolder = getattr(resolve(data.dataset._target_), "base_folder", "")
+        raise dataset_error(error, data.root, subfolder) from error
+
+
+@functools.lru_cache(maxsize=2)
+def _read(dataset: str, train: bool, val_size: int) -> tuple[Images, Images | None]:
+    # Once for all the jobs of a sweep, which would otherwise read, verify and divide the same images each time.
+    node = OmegaConf.create(dataset)
+    images = None
+    if "download" in node:
+        with contextlib.suppress(RuntimeError):  # torchvision's "not found or corrupted"
+            # With download=True torchvision verifies files that are there twice.
+            images = as_images(instantiate(node, train=train, download=False))
+    if images is None:
+        images = as_images(instantiate(node, train=train))
+    return hold_out(images, val_size) if val_size else (images, None)
 
 
 def build_model(model: DictConfig, num_classes: int, device: torch.device, channels_last: bool, seed: int) -> nn.Module:

@@ -105,7 +105,7 @@ def _grid(best_of_points: Sequence[Result]) -> Figure:
     """The most confident mistakes of the best point's best run, as the best run of each point sees them."""
     restored = [(result, *_restore(result.folder)) for result in best_of_points[:GRID_RUNS]]
     cfg = restored[0][1]
-    test_images = parts.load_split(cfg.data, train=False)
+    test_images = parts.load_test(cfg.data)
     chosen = test_images[_mistakes(best_of_points[0].folder)]
     classes, runs = chosen.classes, []
     for result, run_cfg, run_built in restored:

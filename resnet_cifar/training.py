@@ -34,7 +34,7 @@ def load(cfg: DictConfig, invocation: Invocation, world: World = ALONE) -> Start
     if world.rank > 0:
         world.from_first(0)  # it may have to download the images
     train_images, val_images = parts.load_train_and_val(cfg.data)
-    test_images = parts.load_split(cfg.data, train=False)
+    test_images = parts.load_test(cfg.data)
     if world.rank == 0:
         world.from_first(0)
     built = parts.build_parts(cfg, train_images.classes)

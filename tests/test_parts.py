@@ -1,6 +1,13 @@
-"""From the configuration to optimizer and schedule: parameters with settings of their own."""
+"""From the configuration to images, optimizer and schedule: read once, and parameters with settings of their own."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torchvision
 from torch import nn
 
 from resnet_cifar import parts
@@ -49,3 +56,50 @@ def test_weight_decay_can_be_left_to_the_weights_alone(model):
     weights = of_kind(model, nn.Conv2d, "weight") | of_kind(model, nn.Linear, "weight")
     assert {key for key, decay in decays.items() if decay == 5e-4} == weights
     assert set(decays.values()) == {0.0, 5e-4}
+
+
+def test_a_split_is_made_once_for_all_the_jobs_of_a_sweep():
+    [(cfg, _)] = compose(parse_arguments(["experiment=quickstart", "data.val_size=100"])).jobs
+    first, second = (parts.load_train_and_val(cfg.data) for _ in range(2))
+    assert [len(images) for images in first] == [1337, 100]
+    for before, after in zip(first, second, strict=True):
+        assert before.images.data_ptr() == after.images.data_ptr()
+
+
+def test_files_that_are_there_are_verified_once(monkeypatch):
+    folder = os.environ.get("CIFAR10_ROOT", Path(__file__).parents[2] / "shared" / "data")
+    if not Path(folder, "cifar-10-batches-py").is_dir():
+        pytest.skip(f"CIFAR-10 is neither in {folder} nor named by CIFAR10_ROOT")
+    verified, check = [], torchvision.datasets.cifar.check_integrity
+
+    def counted(path, md5):
+        verified.append(Path(path).name)
+        return check(path, md5)
+
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", counted)
+    [(cfg, _)] = compose(parse_arguments([f"data.root={folder}", "data.test_size=10"])).jobs
+    parts._read.cache_clear()
+    assert len(parts.load_test(cfg.data)) == 10
+    batches = {f"data_batch_{number}" for number in range(1, 6)} | {"test_batch"}
+    assert {name for name in verified if "batch_" in name or "_batch" in name} >= batches
+    assert len(verified) == len(set(verified))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_kept_for_the_next_tensor():
+    code = """
+import resource
+from resnet_cifar import parts
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytearray(100_000_000)  # glibc clears it page by page, and gives it back
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+assert faults() > 20_000 and faults() > 20_000
+parts.keep_freed_memory()
+faults()
+assert faults() < 1_000
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
