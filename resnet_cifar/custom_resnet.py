@@ -11,7 +11,12 @@ def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 def conv_pool_bn_relu(in_channels: int, out_channels: int) -> nn.Sequential:
     """(N, in_channels, H, W) to (N, out_channels, H/2, W/2)."""
-    return nn.Sequential(conv3x3(in_channels, out_channels), nn.MaxPool2d(2), nn.BatchNorm2d(out_channels), nn.ReLU())
+    return nn.Sequential(conv3x3(in_channels, out_channels), nn.MaxPool2d(2), *bn_relu(out_channels))
+
+
+def bn_relu(channels: int) -> tuple[nn.BatchNorm2d, nn.ReLU]:
+    """Batch norm and, in place (the backward pass needs nothing but its result), ReLU."""
+    return nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
 
 
 class BasicBlock(nn.Module):
@@ -29,11 +34,11 @@ class BasicBlock(nn.Module):
         self.shortcut = nn.Sequential() if inner_shortcut else None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
         if self.shortcut is not None:
             out = out + self.shortcut(x)
-        return F.relu(out)
+        return F.relu(out, inplace=True)
 
 
 class CustomBlock(nn.Module):
@@ -63,7 +68,7 @@ class CustomResNet(nn.Module):
     ) -> None:
         super().__init__()
         prep, first, second, third = (max(1, round(width * channels)) for channels in (64, 128, 256, 512))
-        self.prep_layer = nn.Sequential(conv3x3(3, prep), nn.BatchNorm2d(prep), nn.ReLU())
+        self.prep_layer = nn.Sequential(conv3x3(3, prep), *bn_relu(prep))
         self.layer_1 = CustomBlock(prep, first, inner_shortcut)
         self.layer_2 = conv_pool_bn_relu(first, second)
         self.layer_3 = CustomBlock(second, third, inner_shortcut)
