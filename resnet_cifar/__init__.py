@@ -17,6 +17,7 @@ _MODULES = {
     "explain": ("grad_cam", "load_pictures", "select_images"),
     "loop": ("EpochRecord", "Evaluation", "Progress", "StepRecord", "Training", "evaluate", "fit"),
     "lr_finder": ("RangeTest", "range_test", "suggest"),
+    "muon": ("Muon",),
     "report": ("explain_mistakes", "model_summary"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

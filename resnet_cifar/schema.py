@@ -64,6 +64,13 @@ class Optimizer(TypedDict):
 
 
 @open_to_arguments
+class Muon(TypedDict):
+    muon_momentum: BelowOne
+    newton_schulz_steps: Count
+    sgd_lr_factor: Positive
+
+
+@open_to_arguments
 class OneCycle(TypedDict):
     max_lr: Literal["find"] | Positive
     pct_start: Annotated[float, Field(gt=0, lt=1)]
@@ -110,6 +117,7 @@ ARGUMENTS = {
     "resnet_cifar.augment.RandomCrop": RandomCrop,
     "resnet_cifar.augment.RandomHorizontalFlip": RandomHorizontalFlip,
     "resnet_cifar.custom_resnet.CustomResNet": CustomResNet,
+    "resnet_cifar.muon.Muon": Muon,
     "torch.optim.lr_scheduler.OneCycleLR": OneCycle,
 }
 
