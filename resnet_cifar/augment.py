@@ -5,6 +5,7 @@ images they are and the epoch. Any other callable in the list, such as a torchvi
 that it too draws for each image apart.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -27,6 +28,10 @@ class ScheduledTransform:
 
     def __call__(self, images: Tensor, index: Tensor, epoch: int) -> Tensor:
         raise NotImplementedError
+
+    def share_of_pixels(self, height: int, epoch: int) -> float:
+        """How many of their pixels images of `height` keep in this epoch: about what a training step costs."""
+        return 1.0
 
 
 class RandomCrop(BatchTransform):
@@ -93,9 +98,15 @@ class ProgressiveResize(ScheduledTransform):
 
     def __call__(self, images: Tensor, index: Tensor, epoch: int) -> Tensor:
         full = images.shape[-1]
-        done = min(1.0, (epoch - 1) / max(1, self.epochs - 1))
-        size = int(self.first + (full - self.first) * done) // 4 * 4
+        size = self._size(full, epoch)
         return images if size >= full else F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+
+    def share_of_pixels(self, height: int, epoch: int) -> float:
+        return min(1.0, self._size(height, epoch) / height) ** 2
+
+    def _size(self, full: int, epoch: int) -> int:
+        done = min(1.0, (epoch - 1) / max(1, self.epochs - 1))
+        return int(self.first + (full - self.first) * done) // 4 * 4
 
 
 class Cutout(BatchTransform):
@@ -166,6 +177,11 @@ class Augmentation:
             else:
                 images = _per_image(transform, images, generator)
         return self.normalise(images)
+
+    def share_of_pixels(self, height: int, epoch: int) -> float:
+        """How many of their pixels images of `height` keep in this epoch: about what a training step costs."""
+        scheduled = [transform for transform in self.transforms if isinstance(transform, ScheduledTransform)]
+        return math.prod(transform.share_of_pixels(height, epoch) for transform in scheduled)
 
 
 def _mirrored(images: Tensor, flipped: Tensor) -> Tensor:

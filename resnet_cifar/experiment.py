@@ -21,7 +21,7 @@ from resnet_cifar.distributed import ALONE, World
 from resnet_cifar.evaluation import evaluate_and_explain, evaluate_checkpoint, explain_checkpoint, log_flip_accuracy
 from resnet_cifar.fingerprint import config_hash, source_hash
 from resnet_cifar.launcher import launch
-from resnet_cifar.loop import EpochRecord, Progress, StepRecord, diverged, fit
+from resnet_cifar.loop import EpochRecord, Progress, StepRecord, Training, diverged, fit
 from resnet_cifar.lr_finder import range_test, suggest
 from resnet_cifar.progress import ProgressDisplay, shown
 from resnet_cifar.recording import Invocation, epoch_metrics, log_range_test, recorded, run_id
@@ -123,8 +123,7 @@ def train_in_stages(cfg: DictConfig, invocation: Invocation, world: World = ALON
         if state is not None:
             resume.cut_tables(folder, progress, steps)
             log.info("Resumed in epoch %d after %d of %d batches.", progress.epoch, progress.batch, steps)
-        batch_size, estimate = training.batch_size, built.device.type == "cpu"
-        display = ProgressDisplay(training.epochs, len(train_images), batch_size, evaluated_on, estimate)
+        display = progress_display(training, train_images, evaluated_on)
 
         def save() -> None:
             if not math.isfinite(float(progress.loss_sum)):  # known late where the loss is on an accelerator
@@ -155,6 +154,14 @@ def train_in_stages(cfg: DictConfig, invocation: Invocation, world: World = ALON
         tracked_run.set_tags({tracking.NOTE: note})
         log.info("Test accuracy %.2f%%, loss %.4f, after %d epochs.", test.accuracy, test.loss, training.epochs)
     yield "recorded"
+
+
+def progress_display(training: Training, train_images: Images, evaluated_on: str) -> ProgressDisplay:
+    """The display of a training, which on a CPU also says when it will end."""
+    costs, height = None, train_images.images.shape[2]
+    if train_images.labels.device.type == "cpu":
+        costs = [training.augment.share_of_pixels(height, epoch) for epoch in range(1, training.epochs + 1)]
+    return ProgressDisplay(training.epochs, len(train_images), training.batch_size, evaluated_on, costs)
 
 
 def find_lr(cfg: DictConfig, invocation: Invocation) -> None:

@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -27,9 +28,12 @@ log = logging.getLogger(__name__)
 class ProgressDisplay:
     """Bars on a terminal and in a notebook, none in a pipe; lines everywhere. A context in which the two do not mix."""
 
-    def __init__(self, epochs: int, num_images: int, batch_size: int, evaluated_on: str, estimate: bool) -> None:
+    def __init__(
+        self, epochs: int, num_images: int, batch_size: int, evaluated_on: str, costs: Sequence[float] | None
+    ) -> None:
+        """`costs`: what a step of each epoch costs, relative to each other, to say when it will end; None says nothing."""
         self.epochs, self.num_images, self.batch_size = epochs, num_images, batch_size
-        self.evaluated_on, self.estimate = evaluated_on, estimate
+        self.evaluated_on, self.costs = evaluated_on, costs
         self.steps_per_epoch = -(-num_images // batch_size)
         self.bar: tqdm | None = None
         self.started, self.steps_seen = time.monotonic(), 0
@@ -65,8 +69,8 @@ class ProgressDisplay:
             accuracy = 100 * int(progress.correct) / min(progress.batch * self.batch_size, self.num_images)
             self.bar.set_postfix_str(f"lr {record.lr:.6f}, loss {record.loss.item():.3f}, {accuracy:.1f}%")
         self.steps_seen += 1
-        if self.estimate and self.steps_seen == STEPS_BEFORE_ESTIMATE:
-            self._say_when_it_ends(record.step)
+        if self.costs is not None and self.steps_seen == STEPS_BEFORE_ESTIMATE:
+            self._say_when_it_ends(self.costs[record.epoch - 1 :], progress.batch)
 
     def epoch(self, record: EpochRecord) -> None:
         """One line for a finished epoch: its last learning rate, losses and accuracies, and the seconds it took."""
@@ -86,9 +90,10 @@ class ProgressDisplay:
     def _of_epochs(self, epoch: int) -> str:
         return f"{epoch:{len(str(self.epochs))}}/{self.epochs}"
 
-    def _say_when_it_ends(self, step: int) -> None:
+    def _say_when_it_ends(self, costs: Sequence[float], batch: int) -> None:
         seconds_per_step = (time.monotonic() - self.started) / self.steps_seen
-        remaining = seconds_per_step * (self.epochs * self.steps_per_epoch - step)
+        steps = sum(costs) / costs[0] * self.steps_per_epoch - batch  # that cost as much as those seen
+        remaining = seconds_per_step * steps
         end = datetime.now() + timedelta(seconds=remaining)
         if remaining < HOUR:
             log.info("Training takes about %s more, until about %s.", _duration(remaining), f"{end:%H:%M}")

@@ -107,6 +107,12 @@ def test_progressive_resize_follows_the_epochs_and_ends_at_full_size():
     assert sizes == [(size, size) for size in (16, 16, 20, 20, 24, 24, 28, 32, 32)]
 
 
+def test_the_cost_of_an_epoch_is_its_share_of_pixels():
+    resize = Augmentation([AlternatingFlip(), ProgressiveResize(first=16, epochs=8)], IDENTITY)
+    assert [resize.share_of_pixels(32, epoch) for epoch in (1, 5, 8)] == [0.25, 0.5625, 1.0]
+    assert Augmentation([ProgressiveResize(first=32, epochs=2)], IDENTITY).share_of_pixels(28, 1) == 1.0
+
+
 def test_progressive_resize_averages_what_it_shrinks():
     halved = ProgressiveResize(first=16, epochs=2)(coordinates(1), torch.zeros(1), 1)
     rows = halved[0, 0, 2:-2, 0].float()  # antialiased, a pixel covers two rows and a bit: 2i + 1.5, rounded

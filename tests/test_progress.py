@@ -3,6 +3,7 @@
 import io
 import logging
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def terminal(monkeypatch):
 
 def test_the_lines_of_all_epochs_are_columns_and_have_room_in_a_terminal(caplog):
     caplog.set_level(logging.INFO)
-    display = ProgressDisplay(24, 50_000, 512, "test", estimate=False)
+    display = ProgressDisplay(24, 50_000, 512, "test", costs=None)
     display.epoch(an_epoch(3))
     display.epoch(an_epoch(24, train_loss=23.4, train_accuracy=100.0, eval_accuracy=9.0))
     first, last = caplog.messages
@@ -49,7 +50,7 @@ def test_the_lines_of_all_epochs_are_columns_and_have_room_in_a_terminal(caplog)
 
 def test_a_terminal_has_a_bar_with_the_accuracy_on_the_images_so_far(monkeypatch):
     screen = terminal(monkeypatch)
-    display = ProgressDisplay(24, 300, 64, "test", estimate=False)
+    display = ProgressDisplay(24, 300, 64, "test", costs=None)
     with display:
         steps(display, 1)
         display.bar.mininterval = 0  # drawn at every step from here on
@@ -66,7 +67,7 @@ def test_a_line_that_comes_while_a_bar_is_drawn_has_a_row_of_its_own(monkeypatch
     root, handler = logging.getLogger(), logging.StreamHandler(screen)
     root.addHandler(handler)
     try:
-        display = ProgressDisplay(24, 300, 64, "test", estimate=False)
+        display = ProgressDisplay(24, 300, 64, "test", costs=None)
         with display:
             steps(display, 2)
             logging.getLogger("resnet_cifar").warning("the store is down")
@@ -79,7 +80,7 @@ def test_a_line_that_comes_while_a_bar_is_drawn_has_a_row_of_its_own(monkeypatch
 def test_a_pipe_has_no_bar(monkeypatch):
     pipe = io.StringIO()
     monkeypatch.setattr(sys, "stderr", pipe)
-    with ProgressDisplay(24, 300, 64, "test", estimate=False) as display:
+    with ProgressDisplay(24, 300, 64, "test", costs=None) as display:
         steps(display, 5)
     assert pipe.getvalue() == ""
 
@@ -87,7 +88,7 @@ def test_a_pipe_has_no_bar(monkeypatch):
 def test_a_notebook_whose_streams_are_no_terminals_has_a_bar_among_the_lines(monkeypatch):
     output = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
     monkeypatch.setattr(sys, "stdout", output)
-    with ProgressDisplay(24, 300, 64, "test", estimate=False) as display:
+    with ProgressDisplay(24, 300, 64, "test", costs=None) as display:
         steps(display, 5)
     assert "epoch  1/24" in output.getvalue()
 
@@ -95,12 +96,23 @@ def test_a_notebook_whose_streams_are_no_terminals_has_a_bar_among_the_lines(mon
 @pytest.mark.parametrize(("epochs", "quickstart"), [(2, False), (10_000_000, True)])
 def test_a_cpu_says_once_when_it_will_be_done_and_names_the_quickstart_if_that_is_far(caplog, epochs, quickstart):
     caplog.set_level(logging.INFO)
-    with ProgressDisplay(epochs, 3000, 64, "test", estimate=True) as display:
+    with ProgressDisplay(epochs, 3000, 64, "test", costs=epochs * [1.0]) as display:
         steps(display, 40)
     [said] = caplog.messages
     assert said.startswith("Training takes about")
     assert ("experiment=quickstart" in said) == quickstart
     assert max(map(len, said.splitlines())) <= 80
+
+
+def test_the_estimate_knows_that_later_epochs_cost_more(caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    display = ProgressDisplay(2, 20 * 64, 64, "test", costs=[0.25, 1.0])
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)  # ten steps later
+    steps(display, 12)
+    display.close()
+    # 10 more of this epoch at 10 s, then 20 at four times as much: 900 s.
+    assert caplog.messages[0].startswith("Training takes about 15 min more")
 
 
 class DatabaseRun(NoRun):
