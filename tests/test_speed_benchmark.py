@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,29 @@ def test_the_stopwatch_leaves_warm_up_out(benchmark, monkeypatch, side):
     ticks = iter([10.0, 14.0])  # seconds: the end of the warm-up and the end of the last step
     monkeypatch.setattr(competitors, "perf_counter", lambda: next(ticks))
     assert competitors.training_rate(benchmark.SIDES[side], setting) == 2 * 8 / 4
+
+
+def test_one_quantity_is_varied_at_a_time(benchmark):
+    cost, setting = (
+        benchmark.cost,
+        benchmark.competitors.Setting(0.125, 0, 0, "", benchmark.torch.device("cpu"), "fp32"),
+    )
+    assert cost.varied(setting, "images", 5120) == (
+        replace(setting, steps=10, warmup=1, train_size=5120),
+        1,
+    )
+    smaller, processes = cost.varied(setting, "batch size", 64)
+    assert (smaller.width, smaller.batch_size, smaller.train_size, processes) == (0.125, 64, None, 1)
+    assert smaller.steps - 1 == 8 * (cost.varied(setting, "processes", 2)[0].steps - 1)  # the same images
+    assert cost.varied(setting, "width", 1.0)[0].width == 1.0
+    assert cost.varied(setting, "processes", 2)[1] == 2
+
+
+def test_two_processes_train_on_one_clock(benchmark):
+    if not (DATA / "cifar-10-batches-py").is_dir():
+        pytest.skip(f"no CIFAR-10 in {DATA}: set CIFAR10_ROOT")
+    competitors = benchmark.competitors
+    setting = competitors.Setting(0.125, 3, 1, str(DATA), competitors.torch.device("cpu"), "fp32", batch_size=8)
+    watch = competitors.Stopwatch(setting)
+    benchmark.cost.in_processes(2, setting, watch)
+    assert watch.stopped > watch.started > 0

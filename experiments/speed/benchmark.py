@@ -10,18 +10,22 @@ start anew, delete the file. What is measured and how: README.md beside this fil
 import argparse
 import csv
 import importlib.util
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this file, also for whoever imports it
 import competitors
+import cost
 import data_path
 import run_around
 
@@ -36,6 +40,7 @@ SIDES = {
     "lightning": competitors.lightning,
     "lightning_tuned": competitors.lightning_tuned,
     "bare_step": competitors.bare_step,
+    "bare_step_kept_memory": competitors.bare_step_kept_memory,
 }
 LIMIT = "arithmetic_limit"
 NAMES = {
@@ -44,10 +49,12 @@ NAMES = {
     "lightning": "(c) PyTorch Lightning",
     "lightning_tuned": "(c') Lightning, tuned",
     "bare_step": "(d) bare step, one batch",
+    "bare_step_kept_memory": "(d') the same, freed memory kept",
     LIMIT: "(e) arithmetic limit",
 }
 # Steps by width, of which the first are not counted: about as long for each width on 2 cores.
 STEPS = {0.125: (65, 10), 0.5: (9, 2), 1.0: (4, 1)}
+BARE = ("bare_step", "bare_step_kept_memory")
 # What ours should be divided by the side, at least, by the precision that the processor's instructions give.
 TARGETS = {
     "bf16": {
@@ -58,14 +65,14 @@ TARGETS = {
         ("lightning_tuned", 0.125): 1.3,
         ("lightning_tuned", 0.5): 1.0,
         ("lightning_tuned", 1.0): 1.0,
-        **{("bare_step", width): 0.95 for width in STEPS},
+        **{(side, width): 0.95 for side in BARE for width in STEPS},
     },
     "fp32": {
         ("assignment", 0.125): 1.9,
         ("assignment", 1.0): 1.25,
         ("lightning", 0.125): 1.9,
         ("lightning", 1.0): 1.25,
-        **{("bare_step", width): 0.95 for width in STEPS},
+        **{(side, width): 0.95 for side in BARE for width in STEPS},
     },
 }
 INSTRUCTIONS = (
@@ -111,7 +118,7 @@ def training_steps(arguments: argparse.Namespace, device: torch.device, precisio
             *(width, steps, min(warmup, steps - 1), arguments.data_root, device, precision, arguments.batch_size)
         )
         for repeat in range(arguments.repeats):
-            rates = {side: competitors.training_rate(SIDES[side], setting) for side in sides}
+            rates = {side: new_process(competitors.training_rate, SIDES[side], setting) for side in sides}
             rates[LIMIT] = competitors.arithmetic_limit(setting)
             print(f"width {width}, repeat {repeat + 1}:", *(f"{side} {rate:.1f}" for side, rate in rates.items()))
             targets = TARGETS[precision] if device.type == "cpu" else {}
@@ -119,6 +126,12 @@ def training_steps(arguments: argparse.Namespace, device: torch.device, precisio
                 target = targets.get((side, width), "")
                 rows.append(row("step", side, rate, "images/s", target and f"ours / this >= {target}", width))
     return rows
+
+
+def new_process(work: Callable, *arguments: Any) -> Any:
+    """What `work` returns in a process of its own: no side trains in memory that another has left behind."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
 
 
 def has_lightning() -> bool:
@@ -166,7 +179,7 @@ def step_table(groups: dict[tuple[str, str, str], list[dict]]) -> list[str]:
 
 
 def part_table(groups: dict[tuple[str, str, str], list[dict]], part: str) -> list[str]:
-    """Markdown: the measurements of the data path, or of the run around the training."""
+    """Markdown: the measurements of the data path, of the run around the training, or of how cost grows."""
     lines = [f"| {part} | median (min - max, repeats) | target |", "|---|---|---|"]
     for (its_part, _, item), entries in groups.items():
         values, unit = [float(entry["value"]) for entry in entries], entries[0]["unit"]
@@ -206,7 +219,9 @@ def plot(groups: dict[tuple[str, str, str], list[dict]], title: str, path: Path)
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("step", "data", "run", "table"), help="one part; table measures nothing")
+    parser.add_argument(
+        "--only", choices=("step", "data", "run", "cost", "table"), help="one part; table measures nothing"
+    )
     parser.add_argument("--widths", type=float, nargs="+", default=list(STEPS))
     parser.add_argument("--steps", type=int, help="a repeat's optimizer steps, warm-up included (default: by width)")
     parser.add_argument("--repeats", type=int, default=3)
@@ -228,13 +243,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         "step": lambda: training_steps(arguments, device, precision),
         "data": lambda: [row("data", *entry) for entry in data_path.measure(arguments.data_root, arguments.repeats)],
         "run": lambda: [row("run", *entry) for entry in run_around.measure(arguments.data_root, arguments.repeats)],
+        "cost": lambda: [
+            row("cost", *entry)
+            for entry in cost.measure(
+                new_process,
+                competitors.Setting(cost.WIDTH, 0, 0, arguments.data_root, device, precision),
+                arguments.repeats,
+            )
+        ],
     }
     for part, measure in measurements.items():
         rows = [{"machine": on, **entry} for entry in measure()] if arguments.only in (None, part) else []
         if rows and not append_csv(results, rows):
             sys.exit(StorageError.exit_code)
     groups = measured(results, on)
-    print("", *step_table(groups), "", *part_table(groups, "data"), "", *part_table(groups, "run"), sep="\n")
+    print("", *step_table(groups), sep="\n")
+    for part in ("data", "run", "cost"):
+        print("", *part_table(groups, part), sep="\n")
     if any(part == "step" for part, _, _ in groups):
         plot(groups, on, arguments.output / "images_per_second.png")
 

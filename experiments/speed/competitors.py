@@ -25,7 +25,7 @@ from tqdm import tqdm
 from resnet_cifar import parts
 from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.custom_resnet import CustomResNet
-from resnet_cifar.data import training_batches
+from resnet_cifar.distributed import ALONE, World
 from resnet_cifar.loop import Progress, autocast, train_epoch
 from resnet_cifar.training import build_training
 
@@ -45,6 +45,7 @@ class Setting:
     device: torch.device
     precision: str  # what trainer.precision=auto comes to
     batch_size: int = 512
+    train_size: int | None = None  # all
 
 
 class Stopwatch:
@@ -75,15 +76,16 @@ class Stopwatch:
 def configuration(setting: Setting) -> DictConfig:
     """The configuration of `run.py` for this setting."""
     overrides = (f"model.width={setting.width}", f"data.root={setting.data_root}", f"scheduler.max_lr={MAX_LR}")
-    arguments = parse_arguments([*overrides, f"data.batch_size={setting.batch_size}"])
+    sizes = (f"data.batch_size={setting.batch_size}", f"data.train_size={setting.train_size or 'null'}")
+    arguments = parse_arguments([*overrides, *sizes])
     return compose(arguments).jobs[0][0]
 
 
-def ours(setting: Setting, watch: Stopwatch) -> None:
+def ours(setting: Setting, watch: Stopwatch, world: World = ALONE) -> None:
     """(a) This package: the parts and the loop of `run.py`, precision auto."""
     cfg = configuration(setting)
     train = parts.load_train_and_val(cfg.data)[0].to(setting.device)
-    training = build_training(cfg, parts.build_parts(cfg, train.classes), train, MAX_LR)
+    training = build_training(cfg, parts.build_parts(cfg, train.classes), train, MAX_LR, world)
     for epoch in range(1, training.epochs + 1):
         for _ in train_epoch(training, train, Progress(epoch=epoch)):
             if watch.step():
@@ -183,21 +185,26 @@ def _lightning(setting: Setting, watch: Stopwatch, precision: str, channels_last
 
 
 def bare_step(setting: Setting, watch: Stopwatch) -> None:
-    """(d) Forward, backward and Adam's step on one batch that lies ready, channels last, our precision: our loop's ceiling."""
-    cfg = configuration(setting)
-    train = parts.load_train_and_val(cfg.data)[0].to(setting.device)
-    built = parts.build_parts(cfg, train.classes)
-    optimizer = parts.build_optimizer(cfg.optimizer, cfg.param_groups, built.network)
-    images, labels = next(training_batches(train, built.augment, setting.batch_size, seed=0, epoch=1))
-    built.network.train()
+    """(d) Forward, backward and Adam's step on one batch that lies ready, channels last, our precision."""
+    model = CustomResNet(width=setting.width).to(setting.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-7)
+    images = torch.randn(setting.batch_size, 3, 32, 32, device=setting.device).to(memory_format=torch.channels_last)
+    labels = torch.randint(10, (setting.batch_size,), device=setting.device)
     for _ in count():
         with autocast(setting.device, setting.precision):
-            loss = F.cross_entropy(built.network(images), labels)
+            loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         if watch.step():
             return
+
+
+def bare_step_kept_memory(setting: Setting, watch: Stopwatch) -> None:
+    """(d') The same, with freed memory kept as ours keeps it: the ceiling for our loop."""
+    if setting.device.type == "cpu":
+        parts.keep_freed_memory()
+    bare_step(setting, watch)
 
 
 def matrix_product_flops(device: torch.device, precision: str, size: int = 4096, seconds: float = 2.0) -> float:
