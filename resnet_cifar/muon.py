@@ -67,13 +67,21 @@ class Muon(Optimizer):
 
 
 def orthogonal(matrix: Tensor, steps: int) -> Tensor:
-    """The matrix (M, N) with all its singular values near 1, by `steps` Newton-Schulz iterations; float32."""
+    """The matrix (M, N) with all its singular values near 1, by `steps` Newton-Schulz iterations; float32.
+
+    An iteration multiplies the matrix X by a polynomial of X X^T. The polynomials are small, square, and commute: their
+    product is made first, and X multiplied once, which saves half of the work.
+    """
     wide = matrix.float() if len(matrix) <= matrix.shape[1] else matrix.float().T
     wide = wide / (wide.norm() + 1e-7)
     a, b, c = QUINTIC
+    gram = wide @ wide.T
+    identity = product = torch.eye(len(gram), device=gram.device)
     for _ in range(steps):
-        gram = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+        polynomial = torch.addmm(a * identity + b * gram, gram, gram, alpha=c)
+        product = polynomial @ product
+        gram = polynomial @ gram @ polynomial
+    wide = product @ wide
     return wide if len(matrix) <= matrix.shape[1] else wide.T
 
 

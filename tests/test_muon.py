@@ -22,6 +22,15 @@ def test_singular_values_come_near_one(shape):
     assert torch.allclose(left.T @ made @ right, torch.diag((left.T @ made @ right).diag()), atol=1e-4)
 
 
+def test_the_product_of_polynomials_is_the_iteration_itself():
+    start = torch.randn(8, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = start / start.norm()
+    for _ in range(3):
+        gram = expected @ expected.T
+        expected = 3.4445 * expected - 4.7750 * gram @ expected + 2.0315 * gram @ gram @ expected
+    assert torch.allclose(orthogonal(start, 3), expected.float(), atol=1e-5)
+
+
 def test_a_convolution_keeps_its_norm_and_moves_by_the_learning_rate():
     convolution = nn.Conv2d(4, 8, 3, bias=False)
     optimizer = Muon(convolution.parameters(), lr=0.1, newton_schulz_steps=5)
