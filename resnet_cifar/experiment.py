@@ -112,7 +112,7 @@ def train_in_stages(cfg: DictConfig, invocation: Invocation, world: World = ALON
     start = load(cfg, invocation, world)
     built, train_images, test_images, state = start.built, start.train, start.test, start.state
     with recorded(cfg, invocation, provenance.tags(built.device, built.precision)) as tracked_run:
-        describe(cfg, folder, built, train_images)
+        report.write_summary(folder / "model_summary.txt", built.network, tuple(train_images.images.shape[1:]))
         yield "described"
         max_lr = state["max_lr"] if state else choose_max_lr(cfg, folder, built, train_images, tracked_run)
         yield "learning rate found"
@@ -137,6 +137,10 @@ def train_in_stages(cfg: DictConfig, invocation: Invocation, world: World = ALON
                 minutes = cfg.trainer.checkpoint_minutes
                 follow(records, folder, tracked_run, display, progress, save, minutes, stop, world)
             finally:
+                seen = training_batches(train_images, built.augment, training.batch_size, cfg.seed, epoch=1)
+                report.draw_training_images(
+                    folder, seen, cfg.explain.num_images, built.augment.normalise, built.classes
+                )
                 report.draw_curves(folder, evaluated_on, steps)
                 log_range_test(folder, tracked_run)
         checkpoint.keep_only_last(folder / "checkpoints")
@@ -278,15 +282,6 @@ def find_max_lr(cfg: DictConfig, folder: Path, built: parts.Parts, train_images:
             "high. Look at lr_finder.png; lr_finder.select=steepest or valley choose lower."
         )
     return found
-
-
-def describe(cfg: DictConfig, folder: Path, built: parts.Parts, train_images: Images) -> None:
-    """The network's summary and the first augmented training images, before anything is trained."""
-    shape = tuple(train_images.images.shape[1:])
-    report.write_summary(folder / "model_summary.txt", built.network, shape)
-    batches = training_batches(train_images, built.augment, cfg.data.batch_size, cfg.seed, epoch=1)
-    images, labels = (tensor[: cfg.explain.num_images] for tensor in next(batches))
-    report.draw_training_images(folder, images, labels, built.augment.normalise, built.classes)
 
 
 def log_model(cfg: DictConfig, built: parts.Parts, images: Images, tracked_run: NoRun) -> None:

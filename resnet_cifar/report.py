@@ -5,20 +5,23 @@ import csv
 import itertools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from resnet_cifar import explain, figures
+import resnet_cifar  # its `figures` come when the first is drawn: training does not wait for matplotlib
+from resnet_cifar import explain
 from resnet_cifar.augment import Normalise
 from resnet_cifar.data import Images
 from resnet_cifar.loop import Evaluation
 from resnet_cifar.lr_finder import RangeTest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TARGET_ACCURACY = 90  # the assignment's
 
@@ -49,7 +52,7 @@ def read_csv(path: Path) -> list[dict[str, float]]:
     return [{key: int(value) if value.isdigit() else float(value) for key, value in row.items()} for row in rows]
 
 
-def save_figure(folder: Path, name: str, draw: Callable[[], Figure]) -> None:
+def save_figure(folder: Path, name: str, draw: "Callable[[], Figure]") -> None:
     """Draw and save `figures/<name>.png`; a figure that fails is a warning, since the run is worth more than its picture."""
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
@@ -98,37 +101,43 @@ def write_predictions(path: Path, logits: Tensor, labels: Tensor, classes: Seque
 
 
 def draw_training_images(
-    folder: Path, images: Tensor, labels: Tensor, normalise: Normalise, classes: Sequence[str]
+    folder: Path,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    num_images: int,
+    normalise: Normalise,
+    classes: Sequence[str],
 ) -> None:
-    """Augmented, normalised images (N, C, H, W), as the network sees them."""
-    shown = _for_display(normalise.undo(images))
-    save_figure(
-        folder,
-        "sample_training_images",
-        lambda: figures.sample_training_images(shown, labels.tolist(), classes),
-    )
+    """The first of the augmented, normalised images (N, C, H, W) and labels (N,) of `batches`, as the network sees them."""
+
+    def draw() -> "Figure":
+        images, labels = (tensor[:num_images] for tensor in next(batches))
+        return resnet_cifar.figures.sample_training_images(
+            _for_display(normalise.undo(images)), labels.tolist(), classes
+        )
+
+    save_figure(folder, "sample_training_images", draw)
 
 
 def draw_lr_finder(folder: Path, curve: RangeTest, chosen_lr: float, select: str) -> None:
     """The range test's curve with the learning rate it led to."""
-    save_figure(folder, "lr_finder", lambda: figures.lr_finder(curve.lrs, curve.losses, chosen_lr, select))
+    save_figure(folder, "lr_finder", lambda: resnet_cifar.figures.lr_finder(curve.lrs, curve.losses, chosen_lr, select))
 
 
 def draw_curves(folder: Path, evaluated_on: str, steps_per_epoch: int) -> None:
     """Loss and accuracy by epoch and the learning rate by step, from the tables in the folder."""
     if (folder / "history.csv").exists():
         history = read_csv(folder / "history.csv")
-        save_figure(folder, "loss_and_accuracy", lambda: figures.loss_and_accuracy(history, evaluated_on))
+        save_figure(folder, "loss_and_accuracy", lambda: resnet_cifar.figures.loss_and_accuracy(history, evaluated_on))
     if (folder / "lr_history.csv").exists():
         lrs = [row["lr"] for row in read_csv(folder / "lr_history.csv")]
-        save_figure(folder, "lr_history", lambda: figures.lr_history(lrs, steps_per_epoch))
+        save_figure(folder, "lr_history", lambda: resnet_cifar.figures.lr_history(lrs, steps_per_epoch))
 
 
 def draw_confusion_matrix(folder: Path, logits: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
     """How often each class was taken for each other."""
     matrix = np.zeros((len(classes), len(classes)), dtype=int)
     np.add.at(matrix, (labels.numpy(), logits.argmax(1).numpy()), 1)
-    save_figure(folder, "confusion_matrix", lambda: figures.confusion_matrix(matrix, classes))
+    save_figure(folder, "confusion_matrix", lambda: resnet_cifar.figures.confusion_matrix(matrix, classes))
 
 
 def explain_mistakes(
@@ -157,7 +166,7 @@ def explain_mistakes(
         "title": selection.title,
     }
     shown = _for_display(chosen.images)
-    save_figure(folder, "misclassified_images", lambda: figures.misclassified_images(shown, **about))
+    save_figure(folder, "misclassified_images", lambda: resnet_cifar.figures.misclassified_images(shown, **about))
     targets = {"correct": true, "predicted": torch.from_numpy(selection.predictions)}
     for against, (name, layer) in itertools.product(targets, layers.items()):
         _save_grad_cam(folder, network, normalise, chosen.images, targets[against], layer, name, against, **about)
@@ -199,9 +208,9 @@ def _save_grad_cam(
     against: str,
     **about: Any,
 ) -> None:
-    def draw() -> Figure:
+    def draw() -> "Figure":
         heat_maps, map_size = explain.grad_cam(network, normalise(images), targets, layer)
-        return figures.grad_cam(
+        return resnet_cifar.figures.grad_cam(
             _for_display(images), heat_maps, layer=name, map_size=map_size, against=against, **about
         )
 

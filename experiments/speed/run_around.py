@@ -44,16 +44,16 @@ def parts_of_run(began: float, ended: float, folder: Path) -> Iterator[Entry]:
     first_step, trained = training_times(folder)
     set_up = written(folder / ".hydra" / "overrides.yaml")
     loaded, tracked = written(folder / "config.yaml"), logged(folder, "Run folder")
-    described = written(folder / "figures" / "sample_training_images.png")
+    described = written(folder / "model_summary.txt")
     yield "command to Hydra's job: arguments composed and checked", set_up - began, "s", ""
     yield "import of torch and the package, data, network", loaded - set_up, "s", ""
     yield "MLflow: import, run started", tracked - loaded, "s", ""
-    yield "network summary, training samples figure", described - tracked, "s", ""
+    yield "network summary", described - tracked, "s", ""
     yield "optimizer, checkpoint, first step", first_step - described, "s", ""
     yield "command to the end of the first training step, warm store", first_step - began, "s", "< 8 s"
     times = [written(folder / "figures" / f"{name}.png") for name in FIGURES]
     last_map = max(written(path) for path in (folder / "figures").glob("grad_cam_*.png"))
-    yield "checkpoint, curves, LR history", times[1] - trained, "s", ""
+    yield "checkpoint, training samples, curves, LR history", times[1] - trained, "s", ""
     yield "test predictions, confusion matrix", times[2] - times[1], "s", ""
     yield "mistakes figure", times[3] - times[2], "s", ""
     yield "Grad-CAM, four figures", last_map - times[3], "s", ""
