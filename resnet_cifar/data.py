@@ -63,8 +63,11 @@ class Digits:
 
 
 def as_images(dataset: LabelledImages) -> Images:
-    """The whole data set as tensors; the pixels are not copied, so they stay channels last in memory."""
-    pixels = torch.from_numpy(np.ascontiguousarray(dataset.data)).permute(0, 3, 1, 2)
+    """The whole data set as tensors, channels last in memory; pixels that are contiguous (N, H, W, C) are not copied."""
+    array = np.asarray(dataset.data)
+    if min(array.strides) < 0:  # which torch does not have
+        array = array.copy()
+    pixels = torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     return Images(pixels, torch.tensor(dataset.targets), tuple(dataset.classes))
 
 

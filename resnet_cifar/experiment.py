@@ -109,7 +109,10 @@ def take_part(world: World, cfg: DictConfig, invocation: Invocation) -> None:
 def train_in_stages(cfg: DictConfig, invocation: Invocation, world: World = ALONE) -> Iterator[str]:
     """`train` with a pause after each stage, whose name it yields: a notebook shows there what the folder holds by then."""
     folder, evaluated_on = invocation.folder, "val" if cfg.data.val_size else "test"
-    start = load(cfg, invocation, world)
+    parts.check_targets(cfg)
+    parts.choose_device(cfg.trainer.device)
+    with tracking.imported_meanwhile(cfg.tracking.uri):
+        start = load(cfg, invocation, world)
     built, train_images, test_images, state = start.built, start.train, start.test, start.state
     with recorded(cfg, invocation, provenance.tags(built.device, built.precision)) as tracked_run:
         report.write_summary(folder / "model_summary.txt", built.network, tuple(train_images.images.shape[1:]))

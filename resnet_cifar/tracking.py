@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import sqlite3
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -88,6 +89,19 @@ def start(
     run = Run(store, journal, run_id, experiment_id)
     run.log_params(params)
     return run
+
+
+@contextmanager
+def imported_meanwhile(uri: str | None) -> Iterator[None]:
+    """Imports MLflow in a thread while the caller reads and verifies files, which takes the other core; not for `uri=None`."""
+    thread = threading.Thread(target=_import_mlflow)
+    if uri is not None:
+        thread.start()
+    try:
+        yield
+    finally:
+        if uri is not None:
+            thread.join()
 
 
 class Store:

@@ -29,8 +29,6 @@ class Start:
 
 def load(cfg: DictConfig, invocation: Invocation, world: World = ALONE) -> Start:
     """The images, the network with its initial weights, and a resumed run's checkpoint."""
-    parts.check_targets(cfg)
-    parts.choose_device(cfg.trainer.device)
     if world.rank > 0:
         world.from_first(0)  # it may have to download the images
     train_images, val_images = parts.load_train_and_val(cfg.data)
