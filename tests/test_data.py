@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
@@ -51,6 +52,13 @@ def test_images_share_memory_with_the_data_set():
     images = as_images(DataSet())
     DataSet.data[1, 5, 6, 2] = 7
     assert images.images[1, 2, 5, 6] == 7
+
+
+def test_pixels_in_any_order_of_memory_become_channels_last():
+    blue_first = np.arange(2 * 32 * 32 * 3, dtype=np.uint8).reshape(2, 3, 32, 32).transpose(0, 2, 3, 1)[..., ::-1]
+    images = as_images(SimpleNamespace(data=blue_first, targets=[0, 1], classes=("a", "b"))).images
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert np.array_equal(images.permute(0, 2, 3, 1), blue_first)
 
 
 def test_cifar10_is_the_real_one():
