@@ -61,6 +61,7 @@ class Progress:
     loss_sum: float | Tensor = 0.0  # over this epoch's images so far
     correct: int | Tensor = 0
     lr: float = 0.0  # the one the last step used
+    seconds: float = 0.0  # of this epoch so far, also before an interruption
 
 
 @dataclass
@@ -98,9 +99,10 @@ def fit(
     """
     progress = progress or Progress()
     while progress.epoch <= training.epochs:
-        epoch, started = progress.epoch, time.perf_counter()
-        images_done = min(len(train), progress.batch * training.batch_size)
-        yield from train_epoch(training, train, progress)
+        epoch, started = progress.epoch, time.perf_counter() - progress.seconds
+        for record in train_epoch(training, train, progress):
+            progress.seconds = time.perf_counter() - started
+            yield record
         train_loss, train_accuracy = float(progress.loss_sum) / len(train), 100 * int(progress.correct) / len(train)
         if not math.isfinite(train_loss):
             raise diverged(training, train, progress)
@@ -114,6 +116,7 @@ def fit(
             raise diverged(training, train, progress)
         finished = time.perf_counter()
         progress.epoch, progress.batch, progress.loss_sum, progress.correct = epoch + 1, 0, 0.0, 0
+        progress.seconds = 0.0
         yield EpochRecord(
             epoch=epoch,
             lr=progress.lr,
@@ -121,7 +124,7 @@ def fit(
             train_accuracy=train_accuracy,
             eval_loss=evaluation.loss,
             eval_accuracy=evaluation.accuracy,
-            images_per_second=(len(train) - images_done) / (trained - started),
+            images_per_second=len(train) / (trained - started),
             epoch_seconds=finished - started,
         )
 

@@ -36,7 +36,7 @@ class ProgressDisplay:
         self.evaluated_on, self.costs = evaluated_on, costs
         self.steps_per_epoch = -(-num_images // batch_size)
         self.bar: tqdm | None = None
-        self.started, self.steps_seen = time.monotonic(), 0
+        self.started, self.steps_timed = 0.0, -1  # the first step warms up and only starts the clock
         self.redirection = ExitStack()
 
     def __enter__(self) -> "ProgressDisplay":
@@ -68,13 +68,17 @@ class ProgressDisplay:
         if self.bar.update():
             accuracy = 100 * int(progress.correct) / min(progress.batch * self.batch_size, self.num_images)
             self.bar.set_postfix_str(f"lr {record.lr:.6f}, loss {record.loss.item():.3f}, {accuracy:.1f}%")
-        self.steps_seen += 1
-        if self.costs is not None and self.steps_seen == STEPS_BEFORE_ESTIMATE:
+        if self.steps_timed < 0:
+            self.started = time.monotonic()
+        self.steps_timed += 1
+        if self.costs is not None and self.steps_timed == STEPS_BEFORE_ESTIMATE:
             self._say_when_it_ends(self.costs[record.epoch - 1 :], progress.batch)
 
     def epoch(self, record: EpochRecord) -> None:
         """One line for a finished epoch: its last learning rate, losses and accuracies, and the seconds it took."""
         self.close()
+        if self.steps_timed < self.steps_per_epoch - 1:  # resumed: a whole evaluation for a few steps is no measure
+            self.steps_timed = -1
         log.info(
             "epoch %s  lr %.6f  train %6.3f %6.2f%%  %s %6.3f %6.2f%%  %3.0f s",
             *(self._of_epochs(record.epoch), record.lr, record.train_loss, record.train_accuracy),
@@ -91,7 +95,7 @@ class ProgressDisplay:
         return f"{epoch:{len(str(self.epochs))}}/{self.epochs}"
 
     def _say_when_it_ends(self, costs: Sequence[float], batch: int) -> None:
-        seconds_per_step = (time.monotonic() - self.started) / self.steps_seen
+        seconds_per_step = (time.monotonic() - self.started) / self.steps_timed
         steps = sum(costs) / costs[0] * self.steps_per_epoch - batch  # that cost as much as those seen
         remaining = seconds_per_step * steps
         end = datetime.now() + timedelta(seconds=remaining)

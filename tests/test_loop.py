@@ -255,6 +255,16 @@ def test_going_on_from_the_middle_is_bit_for_bit_the_same(stop_after):
     torch.testing.assert_close(resumed.optimizer.state_dict(), whole.optimizer.state_dict(), rtol=0, atol=0)
 
 
+def test_an_epochs_seconds_are_also_those_before_an_interruption():
+    progress = Progress()
+    records = fit(training(), synthetic(40), synthetic(20, seed=1), progress)
+    next(records)
+    assert progress.seconds > 0
+    first, second = [r for r in run(training(), progress=Progress(seconds=100.0)) if isinstance(r, EpochRecord)]
+    assert first.epoch_seconds > 100 > second.epoch_seconds
+    assert first.images_per_second < 40 / 100
+
+
 class BreaksAt(nn.Module):
     """A network whose logits are not finite from the given call on."""
 

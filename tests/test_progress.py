@@ -108,11 +108,27 @@ def test_the_estimate_knows_that_later_epochs_cost_more(caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(time, "monotonic", lambda: 0.0)
     display = ProgressDisplay(2, 20 * 64, 64, "test", costs=[0.25, 1.0])
+    steps(display, 1)
     monkeypatch.setattr(time, "monotonic", lambda: 100.0)  # ten steps later
     steps(display, 12)
     display.close()
-    # 10 more of this epoch at 10 s, then 20 at four times as much: 900 s.
+    # 9 more of this epoch at 10 s, then 20 at four times as much: 890 s.
     assert caplog.messages[0].startswith("Training takes about 15 min more")
+
+
+def test_the_estimate_of_a_resumed_training_is_not_of_the_rest_of_an_epoch_and_its_evaluation(caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    display = ProgressDisplay(2, 20 * 64, 64, "test", costs=[1.0, 1.0])
+    display.step(StepRecord(1, 20, 0.01, torch.tensor(0.5)), Progress(batch=20, correct=20 * 64))
+    monkeypatch.setattr(time, "monotonic", lambda: 10_000.0)  # the evaluation
+    display.epoch(an_epoch(1))
+    steps(display, 1)
+    monkeypatch.setattr(time, "monotonic", lambda: 10_100.0)
+    steps(display, 12)
+    display.close()
+    # 29 of two epochs' 40 steps at 10 s, from the 11 that followed.
+    assert caplog.messages[1].startswith("Training takes about 5 min more")
 
 
 class DatabaseRun(NoRun):
