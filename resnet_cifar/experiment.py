@@ -109,7 +109,7 @@ def take_part(world: World, cfg: DictConfig, invocation: Invocation) -> None:
 def train_in_stages(cfg: DictConfig, invocation: Invocation, world: World = ALONE) -> Iterator[str]:
     """`train` with a pause after each stage, whose name it yields: a notebook shows there what the folder holds by then."""
     folder, evaluated_on = invocation.folder, "val" if cfg.data.val_size else "test"
-    parts.check_targets(cfg)
+    parts.check_targets(cfg)  # imports torchvision, which would only take turns with MLflow's import
     parts.choose_device(cfg.trainer.device)
     with tracking.imported_meanwhile(cfg.tracking.uri):
         start = load(cfg, invocation, world)

@@ -9,9 +9,9 @@ import os
 import shlex
 import shutil
 import sqlite3
-import threading
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -94,14 +94,10 @@ def start(
 @contextmanager
 def imported_meanwhile(uri: str | None) -> Iterator[None]:
     """Imports MLflow in a thread while the caller reads and verifies files, which takes the other core; not for `uri=None`."""
-    thread = threading.Thread(target=_import_mlflow)
-    if uri is not None:
-        thread.start()
-    try:
-        yield
-    finally:
+    with ThreadPoolExecutor(1) as pool:
         if uri is not None:
-            thread.join()
+            pool.submit(_import_mlflow)
+        yield
 
 
 class Store:
