@@ -72,7 +72,8 @@ def learning_curves(runs: Sequence[tuple[str, Sequence[float]]], metric: str) ->
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("epoch")
     axes.set_ylabel(f"{metric} (%)")
-    axes.set_title(f"{metric} of {len(runs)} runs" + ("; thick: mean over seeds" if len(names) < len(runs) else ""))
+    how_many = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+    axes.set_title(f"{metric} of {how_many}" + ("; thick: mean over seeds" if len(names) < len(runs) else ""))
     figure.legend(loc="outside right upper", fontsize=9)
     return figure
 

@@ -38,6 +38,7 @@ def measure(tmp_path, outputs):
         results = study / "results.csv"
         return done.stdout, list(csv.DictReader(results.open())) if results.exists() else []
 
+    run.folder = study
     return run
 
 
@@ -45,5 +46,26 @@ def test_what_is_missing_is_measured_and_what_is_there_is_not(measure):
     _, rows = measure("--rows", "first")
     assert [(row["row"], row["seed"], row["split"], row["epochs"]) for row in rows] == [("first", "0", "test", "1")]
     assert 0 <= float(rows[0]["accuracy"]) <= 100 and 0 <= float(rows[0]["accuracy_flip_tta"]) <= 100
+    history = list(csv.DictReader((measure.folder / "histories" / "tiny" / "first_seed_0.csv").open()))
+    assert [row["eval_accuracy"] for row in history] == [rows[0]["accuracy"]]
     missing, rows = measure("--list")
     assert "other, seed 0" in missing and "first" not in missing and len(rows) == 1
+
+
+def test_report_compares_rows_at_equal_seeds(measure):
+    runs = [("first", 0, 90.0), ("first", 1, 92.0), ("other", 0, 91.0), ("other", 1, 92.5), ("other", 2, 70.0)]
+    histories = measure.folder / "histories" / "tiny"
+    histories.mkdir(parents=True)
+    with (measure.folder / "results.csv").open("w") as file:
+        csv.writer(file).writerows([("study", "row", "seed", "split", "accuracy")])
+        for row, seed, accuracy in runs:
+            csv.writer(file).writerow(("tiny", row, seed, "val", accuracy))
+            (histories / f"{row}_seed_{seed}.csv").write_text(f"epoch,eval_accuracy\n1,{accuracy / 2}\n2,{accuracy}\n")
+    table, _ = measure("--report")
+    assert table.splitlines() == [
+        "| row | val/accuracy | deviation | runs | difference |",
+        "| --- | --- | --- | --- | --- |",
+        "| first | 91.00% | ± 1.41 | 2 | - |",
+        "| other | 84.50% | ± 12.58 | 3 | +0.75 ± 0.25 |",
+    ]
+    assert (measure.folder / "figures" / "tiny.png").stat().st_size > 10_000

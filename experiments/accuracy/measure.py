@@ -4,42 +4,50 @@
     python experiments/accuracy/measure.py ablation --data-root ../shared/data --seeds 0 1 2
 
 A run that was killed goes on where it stopped when the command is given again. `results.csv` gets a row as soon as a run ends.
-Runs of a study are told apart by row and seed. `--list` says what is there and what is not, and runs nothing.
+Its history goes to `histories/`. Runs of a study are told apart by row and seed. `--list` says what is there and what is not, and
+runs nothing; `--report` prints the study's table and draws its learning curves into `figures/`.
 """
 
 import argparse
 import csv
 import shlex
+import shutil
 import subprocess
 import sys
 from datetime import date
 from pathlib import Path
+from statistics import mean, stdev
 
 from omegaconf import OmegaConf
 
-from resnet_cifar import recording, tracking
+from resnet_cifar import leaderboard, recording, sweep_figures, tracking
 from resnet_cifar.errors import StorageError
 from resnet_cifar.report import TARGET_ACCURACY, append_csv, read_csv
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results.csv"
+HISTORIES = HERE / "histories"
 
 
 def main() -> None:
     studies = OmegaConf.to_container(OmegaConf.load(HERE / "studies.yaml"), resolve=True)
     arguments = parser(studies).parse_args()
     study = studies[arguments.study]
+    if arguments.report:
+        return report(arguments.study)
     rows = {row: overrides for row, overrides in study["rows"].items() if not arguments.rows or row in arguments.rows}
     for seed in arguments.seeds or study["seeds"]:  # seed by seed: a study that is interrupted has compared all rows
         for row, overrides in rows.items():
-            if (arguments.study, row, str(seed)) in measured():
+            if any((entry["row"], entry["seed"]) == (row, str(seed)) for entry in measured(arguments.study)):
                 continue
             command = [*shlex.split(f"{study['all']} {overrides}"), f"seed={seed}"]
             print(f"{arguments.study}: {row}, seed {seed}: python run.py {shlex.join(command)}", flush=True)
             if not arguments.list:
                 folder = Path(arguments.output_dir, arguments.study, f"{row}_seed_{seed}").absolute()
                 run(command, folder, arguments.data_root)
+                history(arguments.study, row, seed).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(folder / "history.csv", history(arguments.study, row, seed))
                 if not append_csv(RESULTS, [{"study": arguments.study, "row": row, "seed": seed, **result(folder)}]):
                     sys.exit(StorageError.exit_code)
 
@@ -53,15 +61,65 @@ def parser(studies: dict) -> argparse.ArgumentParser:
     arguments.add_argument("--data-root", default=str(ROOT / "data"), help="the folder that holds cifar-10-batches-py")
     arguments.add_argument("--output-dir", default=str(ROOT / "outputs" / "accuracy"), help="for the runs' folders")
     arguments.add_argument("--list", action="store_true", help="say what is not measured yet, and run nothing")
+    arguments.add_argument("--report", action="store_true", help="print and draw what is measured, and run nothing")
     return arguments
 
 
-def measured() -> set[tuple[str, str, str]]:
-    """Study, row and seed of each row of the results."""
+def measured(study: str) -> list[dict[str, str]]:
+    """The study's rows of the results."""
     if not RESULTS.exists():
-        return set()
+        return []
     with RESULTS.open(newline="") as file:
-        return {(row["study"], row["row"], row["seed"]) for row in csv.DictReader(file)}
+        return [entry for entry in csv.DictReader(file) if entry["study"] == study]
+
+
+def history(study: str, row: str, seed: int | str) -> Path:
+    """Where the history of a run is kept: loss, accuracy and time of each epoch."""
+    return HISTORIES / study / f"{row}_seed_{seed}.csv"
+
+
+def report(study: str) -> None:
+    """Prints the study's table in Markdown, best first, and draws `figures/<study>.png`.
+
+    Accuracies (%) are means over seeds with the sample's deviation. A difference is to the study's first row: the mean over the
+    seeds that both have, with its standard error.
+    """
+    entries = measured(study)
+    if not entries:
+        sys.exit(f"Nothing of {study} is measured yet.")
+    metric = f"{entries[0]['split']}/accuracy"
+    seeds = {row: {} for row in dict.fromkeys(entry["row"] for entry in entries)}
+    for entry in entries:
+        seeds[entry["row"]][entry["seed"]] = float(entry["accuracy"])
+    first = next(iter(OmegaConf.load(HERE / "studies.yaml")[study]["rows"]))
+    ranked = sorted(seeds, key=lambda row: mean(seeds[row].values()), reverse=True)
+    table = []
+    for row in ranked:
+        accuracies = list(seeds[row].values())
+        pairs = [accuracy - seeds[first][seed] for seed, accuracy in seeds[row].items() if seed in seeds.get(first, {})]
+        table.append(
+            {
+                "row": row,
+                metric: mean(accuracies),
+                "deviation": stdev(accuracies) if len(accuracies) > 1 else None,
+                "runs": len(accuracies),
+                "difference": with_standard_error(pairs) if row != first else "",
+            }
+        )
+    print(leaderboard.markdown(table))
+    kept = [(row, history(study, row, seed)) for row in ranked for seed in seeds[row]]
+    curves = [(row, [epoch["eval_accuracy"] for epoch in read_csv(path)]) for row, path in kept if path.exists()]
+    if curves:
+        (HERE / "figures").mkdir(exist_ok=True)
+        sweep_figures.learning_curves(curves, metric).savefig(HERE / "figures" / f"{study}.png")
+
+
+def with_standard_error(differences: list[float]) -> str:
+    """The mean of differences and, from two on, its standard error."""
+    if not differences:
+        return ""
+    error = f" ± {stdev(differences) / len(differences) ** 0.5:.2f}" if len(differences) > 1 else ""
+    return f"{mean(differences):+.2f}{error}"
 
 
 def run(overrides: list[str], folder: Path, data_root: str) -> None:
