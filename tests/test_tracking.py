@@ -392,12 +392,13 @@ def test_a_database_of_another_version_is_an_error(database, tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    one_error(tmp_path / "file" / "mlflow.db", tmp_path / "run")
+    assert f"File exists: '{tmp_path / 'file'}'" in one_error(tmp_path / "file" / "mlflow.db", tmp_path / "run")
 
 
 def test_artifacts_that_cannot_be_kept_are_an_error(database, tmp_path):
     (tmp_path / "file").write_text("")
-    one_error(database, tmp_path / "run", artifacts=tmp_path / "file" / "artifacts")
+    artifacts = tmp_path / "file" / "artifacts"
+    assert f"Not a directory: '{artifacts}'" in one_error(database, tmp_path / "run", artifacts=artifacts)
 
 
 def test_a_deleted_experiment_is_an_error_that_says_how_to_restore_it(database, client, tmp_path):

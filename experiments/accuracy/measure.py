@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 
 from resnet_cifar import leaderboard, recording, sweep_figures, tracking
 from resnet_cifar.errors import StorageError
+from resnet_cifar.leaderboard import SEED
 from resnet_cifar.report import TARGET_ACCURACY, append_csv, read_csv
 
 HERE = Path(__file__).parent
@@ -35,7 +36,7 @@ def main() -> None:
     arguments = parser(studies).parse_args()
     study = studies[arguments.study]
     if arguments.report:
-        return report(arguments.study)
+        return report(arguments.study, first=next(iter(study["rows"])))
     rows = {row: overrides for row, overrides in study["rows"].items() if not arguments.rows or row in arguments.rows}
     for seed in arguments.seeds or study["seeds"]:  # seed by seed: a study that is interrupted has compared all rows
         for row, overrides in rows.items():
@@ -78,40 +79,47 @@ def history(study: str, row: str, seed: int | str) -> Path:
     return HISTORIES / study / f"{row}_seed_{seed}.csv"
 
 
-def report(study: str) -> None:
+def report(study: str, first: str) -> None:
     """Prints the study's table in Markdown, best first, and draws `figures/<study>.png`.
 
-    Accuracies (%) are means over seeds with the sample's deviation. A difference is to the study's first row: the mean over the
-    seeds that both have, with its standard error.
+    Accuracies (%) are means over seeds with the sample's deviation. A difference is to the row `first`: the mean over the seeds
+    that both have, with its standard error.
     """
-    entries = measured(study)
-    if not entries:
+    found = [finished(entry) for entry in measured(study)]
+    if not found:
         sys.exit(f"Nothing of {study} is measured yet.")
-    metric = f"{entries[0]['split']}/accuracy"
-    seeds = {row: {} for row in dict.fromkeys(entry["row"] for entry in entries)}
-    for entry in entries:
-        seeds[entry["row"]][entry["seed"]] = float(entry["accuracy"])
-    first = next(iter(OmegaConf.load(HERE / "studies.yaml")[study]["rows"]))
-    ranked = sorted(seeds, key=lambda row: mean(seeds[row].values()), reverse=True)
+    metric = leaderboard.ranked_by(found)
+    accuracies = {(run.values["row"], run.values[SEED]): run.accuracy for run in found}
     table = []
-    for row in ranked:
-        accuracies = list(seeds[row].values())
-        pairs = [accuracy - seeds[first][seed] for seed, accuracy in seeds[row].items() if seed in seeds.get(first, {})]
-        table.append(
-            {
-                "row": row,
-                metric: mean(accuracies),
-                "deviation": stdev(accuracies) if len(accuracies) > 1 else None,
-                "runs": len(accuracies),
-                "difference": with_standard_error(pairs) if row != first else "",
-            }
-        )
+    for row in leaderboard.table(found):
+        mine = {seed: accuracy for (name, seed), accuracy in accuracies.items() if name == row["row"] != first}
+        pairs = [accuracy - accuracies[first, seed] for seed, accuracy in mine.items() if (first, seed) in accuracies]
+        shown = {key: row[key] for key in ("row", metric, "deviation", "runs")}
+        table.append({**shown, "difference": with_standard_error(pairs)})
     print(leaderboard.markdown(table))
-    kept = [(row, history(study, row, seed)) for row in ranked for seed in seeds[row]]
-    curves = [(row, [epoch["eval_accuracy"] for epoch in read_csv(path)]) for row, path in kept if path.exists()]
-    if curves:
+    ranked = [run for row in table for run in found if run.values["row"] == row["row"] and run.history]
+    if ranked:
         (HERE / "figures").mkdir(exist_ok=True)
+        curves = [(run.values["row"], [epoch["eval_accuracy"] for epoch in run.history]) for run in ranked]
         sweep_figures.learning_curves(curves, metric).savefig(HERE / "figures" / f"{study}.png")
+
+
+def finished(entry: dict[str, str]) -> leaderboard.Result:
+    """A row of the results as the leaderboard takes it, with the run's history where that is kept."""
+    path = history(entry["study"], entry["row"], entry["seed"])
+    return leaderboard.Result(
+        name=entry["row"],
+        values={"row": entry["row"], SEED: entry["seed"]},
+        folder=path.parent,
+        status="FINISHED",
+        error="",
+        evaluated_on=entry["split"],
+        accuracy=float(entry["accuracy"]),
+        loss=None,
+        test_accuracy=None,
+        seconds=None,
+        history=read_csv(path) if path.exists() else [],
+    )
 
 
 def with_standard_error(differences: list[float]) -> str:
