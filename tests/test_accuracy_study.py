@@ -57,15 +57,15 @@ def test_report_compares_rows_at_equal_seeds(measure):
     histories = measure.folder / "histories" / "tiny"
     histories.mkdir(parents=True)
     with (measure.folder / "results.csv").open("w") as file:
-        csv.writer(file).writerows([("study", "row", "seed", "split", "accuracy")])
+        csv.writer(file).writerows([("study", "row", "seed", "split", "accuracy", "accuracy_flip_tta")])
         for row, seed, accuracy in runs:
-            csv.writer(file).writerow(("tiny", row, seed, "val", accuracy))
+            csv.writer(file).writerow(("tiny", row, seed, "test", accuracy, accuracy + 0.5))
             (histories / f"{row}_seed_{seed}.csv").write_text(f"epoch,eval_accuracy\n1,{accuracy / 2}\n2,{accuracy}\n")
     table, _ = measure("--report")
     assert table.splitlines() == [
-        "| row | val/accuracy | deviation | runs | difference |",
-        "| --- | --- | --- | --- | --- |",
-        "| first | 91.00% | ± 1.41 | 2 | - |",
-        "| other | 84.50% | ± 12.58 | 3 | +0.75 ± 0.25 |",
+        "| row | test/accuracy | deviation | runs | with flip TTA | difference |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| first | 91.00% | ± 1.41 | 2 | 91.50% | - |",
+        "| other | 84.50% | ± 12.58 | 3 | 85.00% | +0.75 ± 0.25 |",
     ]
     assert (measure.folder / "figures" / "tiny.png").stat().st_size > 10_000

@@ -82,10 +82,11 @@ def history(study: str, row: str, seed: int | str) -> Path:
 def report(study: str, first: str) -> None:
     """Prints the study's table in Markdown, best first, and draws `figures/<study>.png`.
 
-    Accuracies (%) are means over seeds with the sample's deviation. A difference is to the row `first`: the mean over the seeds
-    that both have, with its standard error.
+    Accuracies (%) are means over seeds, the first with the sample's deviation. A difference is to the row `first`: the mean
+    over the seeds that both have, with its standard error.
     """
-    found = [finished(entry) for entry in measured(study)]
+    entries = measured(study)
+    found = [finished(entry) for entry in entries]
     if not found:
         sys.exit(f"Nothing of {study} is measured yet.")
     metric = leaderboard.ranked_by(found)
@@ -95,6 +96,9 @@ def report(study: str, first: str) -> None:
         mine = {seed: accuracy for (name, seed), accuracy in accuracies.items() if name == row["row"] != first}
         pairs = [accuracy - accuracies[first, seed] for seed, accuracy in mine.items() if (first, seed) in accuracies]
         shown = {key: row[key] for key in ("row", metric, "deviation", "runs")}
+        flipped = [entry["accuracy_flip_tta"] for entry in entries if entry["row"] == row["row"]]
+        if any(flipped):
+            shown["with flip TTA"] = f"{mean(map(float, flipped)):.2f}%"
         table.append({**shown, "difference": with_standard_error(pairs)})
     print(leaderboard.markdown(table))
     ranked = [run for row in table for run in found if run.values["row"] == row["row"] and run.history]
