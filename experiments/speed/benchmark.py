@@ -216,6 +216,14 @@ def plot(groups: dict[tuple[str, str, str], list[dict]], title: str, path: Path)
     figure.savefig(path, dpi=110)
 
 
+def step_count(text: str) -> int:
+    """A number of steps that leaves one to count: warm-up takes at least the first."""
+    steps = int(text)
+    if steps < 2:
+        raise argparse.ArgumentTypeError(f"{steps} is below 2: the first step warms up and is not counted")
+    return steps
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -223,7 +231,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--only", choices=("step", "data", "run", "cost", "table"), help="one part; table measures nothing"
     )
     parser.add_argument("--widths", type=float, nargs="+", default=list(STEPS))
-    parser.add_argument("--steps", type=int, help="a repeat's optimizer steps, warm-up included (default: by width)")
+    parser.add_argument("--steps", type=step_count, help="a repeat's optimizer steps, warm-up included (default: by width)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--device", default="auto")

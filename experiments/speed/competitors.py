@@ -60,7 +60,7 @@ class Stopwatch:
         if self.steps not in (self.setting.warmup, self.setting.steps):
             return False
         if self.setting.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.setting.device)
         if self.steps == self.setting.warmup:
             self.started = perf_counter()
             return False
@@ -77,7 +77,8 @@ def configuration(setting: Setting) -> DictConfig:
     """The configuration of `run.py` for this setting."""
     overrides = (f"model.width={setting.width}", f"data.root={setting.data_root}", f"scheduler.max_lr={MAX_LR}")
     sizes = (f"data.batch_size={setting.batch_size}", f"data.train_size={setting.train_size or 'null'}")
-    arguments = parse_arguments([*overrides, *sizes])
+    # Not `auto`, which on a GPU machine is not the CPU that was asked for.
+    arguments = parse_arguments([*overrides, *sizes, f"trainer.device={setting.device}"])
     return compose(arguments).jobs[0][0]
 
 
@@ -217,7 +218,7 @@ def matrix_product_flops(device: torch.device, precision: str, size: int = 4096,
         started = perf_counter()
         left @ right
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         best = min(best, perf_counter() - started)
     return 2 * size**3 / best
 
