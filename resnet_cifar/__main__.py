@@ -83,8 +83,9 @@ def check_command_line(argv: list[str]) -> Composition | None:
 
     for cfg, overrides in composition.jobs:
         schema.check(cfg, overrides)
-        if cfg.sweep.dry_run and composition.sweep is None:
-            raise ConfigError("sweep.dry_run=true would do nothing for a single run: give it with -m")
+        for key in ("dry_run=true", "rerun=all") if composition.sweep is None else ():
+            if f"sweep.{key}" in overrides:
+                raise ConfigError(f"sweep.{key} would do nothing for a single run: give it with -m")
     return composition
 
 
@@ -117,7 +118,7 @@ def fail(cfg: DictConfig, error: BaseException, exit_code: int) -> None:
     """Write into run.log and onto stderr why the running job failed; then exit, or in a sweep let the others go on."""
     settings = HydraConfig.get()
     expected = isinstance(error, UserError | SystemExit)
-    log.error(short(error), exc_info=None if expected else error)
+    log.error(short(error) if expected else without_passwords("".join(traceback.format_exception(error))))
     message = short(error) if expected else f"{short(error)}\nthe traceback is in {settings.runtime.output_dir}/run.log"
     if settings.mode != RunMode.MULTIRUN:
         end(error, exit_code, message)

@@ -99,13 +99,18 @@ class ProgressiveResize(ScheduledTransform):
     def __call__(self, images: Tensor, index: Tensor, epoch: int) -> Tensor:
         full = images.shape[-1]
         size = self._size(full, epoch)
-        return images if size >= full else F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+        if size >= full:
+            return images
+        pixels = images if images.device.type == "cpu" else images.float()  # bytes are resized on a CPU only
+        shrunk = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
+        return shrunk if shrunk.dtype == torch.uint8 else shrunk.round_().clamp_(0, 255).to(torch.uint8)
 
     def share_of_pixels(self, height: int, epoch: int) -> float:
         return min(1.0, self._size(height, epoch) / height) ** 2
 
     def _size(self, full: int, epoch: int) -> int:
-        done = min(1.0, (epoch - 1) / max(1, self.epochs - 1))
+        # The LR finder is before epoch 1.
+        done = 1.0 if epoch >= self.epochs else max(0, epoch - 1) / max(1, self.epochs - 1)
         return int(self.first + (full - self.first) * done) // 4 * 4
 
 
@@ -127,7 +132,8 @@ class Cutout(BatchTransform):
         first_row = torch.arange(number, device=images.device).view(-1, 1, 1) * height
         inside = ((first_row + rows) * width + columns).flatten()
         erased = _pixels(images).clone()
-        erased.view(-1, channels).index_copy_(0, inside, self.fill.to(images.device).expand(len(inside), -1))
+        self.fill = self.fill.to(images.device)  # once: a copy to an accelerator waits for all that it still has to do
+        erased.view(-1, channels).index_copy_(0, inside, self.fill.expand(len(inside), -1))
         return erased.permute(0, 3, 1, 2)
 
     def _inside(self, length: int, images: Tensor, generator: Generator) -> Tensor:
@@ -144,19 +150,30 @@ class Normalise:
     def __init__(self, mean: Sequence[float], std: Sequence[float], channels_last: bool = True) -> None:
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (mean, std))
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._whole_images: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, images: Tensor) -> Tensor:
-        scale = 255.0 if images.dtype == torch.uint8 else 1.0
-        floats = images.to(torch.float32, memory_format=self.memory_format, copy=True)
-        return floats.sub_(self._whole(self.mean * scale, images)).div_(self._whole(self.std * scale, images))
+        mean, std = self._as_whole_images(images)
+        return images.to(torch.float32, memory_format=self.memory_format, copy=True).sub_(mean).div_(std)
 
     def undo(self, images: Tensor) -> Tensor:
         """Normalised images back to floats in 0..1."""
         return (images * self.std.to(images.device) + self.mean.to(images.device)).clamp(0, 1)
 
-    def _whole(self, values: Tensor, images: Tensor) -> Tensor:
-        # A whole image of them: broadcast over channels last, the innermost loop would be 3 values long, four times slower.
-        return values.to(images.device).expand(1, *images.shape[1:]).contiguous(memory_format=self.memory_format)
+    def _as_whole_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        # Broadcast over channels last, the innermost loop would be 3 values long, four times slower. Made once: a copy to
+        # an accelerator waits for all that it still has to do.
+        key = images.device, images.shape[1:], images.dtype == torch.uint8
+        if key not in self._whole_images:
+            scale = 255.0 if images.dtype == torch.uint8 else 1.0
+            self._whole_images[key] = tuple(
+                (values * scale)
+                .to(images.device)
+                .expand(1, *images.shape[1:])
+                .contiguous(memory_format=self.memory_format)
+                for values in (self.mean, self.std)
+            )
+        return self._whole_images[key]
 
 
 class Augmentation:

@@ -65,6 +65,11 @@ def _learning_rate(cfg: dict[str, Any], overrides: Sequence[str]) -> Iterator[st
             f"optimizer.lr={start} would do nothing beside scheduler.max_lr={max_lr}: the one-cycle schedule overwrites it;\n"
             "give scheduler.max_lr alone, or scheduler=constant with optimizer.lr"
         )
+    if cfg["task"] == "train" and cfg["scheduler"].get("cycle_momentum") and "optimizer.momentum" in given:
+        yield (
+            f"optimizer.momentum={cfg['optimizer']['momentum']} would do nothing: the one-cycle schedule overwrites it;\n"
+            "give scheduler.cycle_momentum=false with it, or ++scheduler.base_momentum and max_momentum in its place"
+        )
 
 
 def _tracking(tracking: dict[str, Any]) -> Iterator[str]:

@@ -6,7 +6,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class Journal:
         self._lock = FileLock(folder / "tracking.lock", thread_local=False)
         try:
             self._lock.acquire(timeout=0)
-            self.records = _read_records(self.path)
+            self.records = list(read_records(self.path))
             self._sent = _read_sent(self._sent_path)
             self._lines = _Lines(self.path)
             self._sent_lines = _Lines(self._sent_path)
@@ -127,16 +127,15 @@ def is_abandoned(folder: Path) -> bool:
     return True
 
 
-def _read_records(path: Path) -> list[Record]:
-    records = []
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of the journal at `path`, one that is not there having none; lines cut short are skipped."""
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
         except ValueError:
             continue
         if isinstance(record, dict):
-            records.append(record)
-    return records
+            yield record
 
 
 def _read_sent(path: Path) -> set[int]:

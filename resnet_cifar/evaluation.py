@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from resnet_cifar import checkpoint, parts, provenance, report, tracking
+from resnet_cifar import checkpoint, parts, provenance, report, schema, tracking
 from resnet_cifar.data import Images
-from resnet_cifar.errors import CheckpointError
+from resnet_cifar.errors import CheckpointError, ConfigError
 from resnet_cifar.explain import load_pictures
 from resnet_cifar.loop import Evaluation, evaluate
 from resnet_cifar.parts import Parts, build_parts
@@ -67,20 +67,31 @@ def explain_checkpoint(cfg: DictConfig, invocation: Invocation) -> None:
 
 
 def with_checkpoint(cfg: DictConfig, overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any]]:
-    """The configuration with the checkpoint's own model and data, and its state; what was typed of these is kept."""
+    """The configuration with the checkpoint's own model and data, and its state; what was typed of these is kept.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or what it brings along is no configuration of this program.
+    """
     given = Path(cfg.checkpoint)
     state = checkpoint.load(given if given.exists() else find_run(cfg.checkpoint, Path(cfg.output_dir), "checkpoint"))
     saved, cfg = OmegaConf.create(state["config"]), cfg.copy()
-    typed = [override.partition("=")[0] for override in overrides]
-    for section in ("model", "data"):
-        chosen = cfg[section] if section in typed else saved[section]
+    typed = [override.lstrip("+").partition("=")[0] for override in overrides]
+    if "model" in typed:  # the layers to look at come with it
+        saved.explain.layers = cfg.explain.layers
+    for section in ("model", "data", "augmentation", "explain.layers"):
+        chosen = OmegaConf.select(cfg if section in typed else saved, section)
         for key in typed:
             if key.startswith(f"{section}."):
-                OmegaConf.update(chosen, key.removeprefix(f"{section}."), OmegaConf.select(cfg, key))
-        cfg[section] = chosen
+                value = OmegaConf.select(cfg, key)
+                OmegaConf.update(chosen, key.removeprefix(f"{section}."), value, force_add=True)
+        OmegaConf.update(cfg, section, chosen, merge=False)
     if "root" in cfg.data.dataset:
         cfg.data.dataset.root = cfg.data.root
-    cfg.augmentation, cfg.explain.layers = saved.augmentation, saved.explain.layers
+    try:
+        schema.check(cfg)
+    except ConfigError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"The configuration in {cfg.checkpoint} cannot be used: {reason}") from error
     return cfg, state
 
 

@@ -1,6 +1,5 @@
 """A run around its work: how it was asked for, its name and compared parameters, its start and end in MLflow, its files."""
 
-import json
 import logging
 import shlex
 import signal
@@ -15,9 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from resnet_cifar import schema, tracking
 from resnet_cifar.checkpoint import LAST
+from resnet_cifar.delivery import read_records
 from resnet_cifar.environment import without_environment
 from resnet_cifar.errors import CheckpointError, StorageError
 from resnet_cifar.loop import EpochRecord
+from resnet_cifar.passwords import without_passwords
 from resnet_cifar.progress import shown, where_to_look
 from resnet_cifar.report import read_csv
 from resnet_cifar.signals import exit_on_sigterm, ignored
@@ -79,7 +80,8 @@ def recorded(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, s
                 "task": cfg.task,
                 "overrides": " ".join(invocation.overrides) or "none",
                 **invocation.tags,
-                **provenance,
+                # What a run began with stays: a later commit or another machine trained its later part only.
+                **{f"resumed.{name}" if invocation.run_id else name: value for name, value in provenance.items()},
             },
             run_id=invocation.run_id,
         )
@@ -93,7 +95,7 @@ def recorded(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, s
             )
             status = "KILLED" if stopped else "FAILED"
             hint = f"Stopped. Continue it: `python run.py resume={shlex.quote(str(folder))}`"
-            reason = hint if stopped else f"{type(error).__name__}: {error}"
+            reason = hint if stopped else without_passwords(f"{type(error).__name__}: {error}")
             _end(folder, tracked_run, status, reason)
             if isinstance(error, OSError):
                 raise StorageError(
@@ -152,9 +154,7 @@ def find_run(reference: str, outputs: Path, key: str) -> Path:
 
 def run_id(folder: Path) -> str | None:
     """The MLflow run that the folder's journal belongs to."""
-    journal = folder / "tracking.jsonl"
-    first = journal.read_text().partition("\n")[0] if journal.exists() else ""
-    return json.loads(first)["run"] if first else None
+    return next((record["run"] for record in read_records(folder / "tracking.jsonl")), None)
 
 
 def epoch_metrics(record: EpochRecord, evaluated_on: str) -> dict[str, float]:

@@ -78,6 +78,7 @@ class OneCycle(TypedDict):
     final_div_factor: Positive
     anneal_strategy: Literal["cos", "linear"]
     three_phase: bool
+    cycle_momentum: NotRequired[bool]  # not in the configurations of older runs
 
 
 @open_to_arguments
@@ -106,7 +107,7 @@ class Cutout(TypedDict):
 
 @open_to_arguments
 class ProgressiveResize(TypedDict):
-    first: Annotated[int, Field(ge=4, le=32)]
+    first: Annotated[int, Field(ge=8, le=32)]  # smaller ones the network pools away
     epochs: Count
 
 

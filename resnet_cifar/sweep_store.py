@@ -84,7 +84,7 @@ def _files(run: "MlflowRun", settings: DictConfig, sweep_folder: Path) -> Path:
     own = Path(run.data.tags.get("process.folder", "/nowhere"))
     kept = local_folder(run.info.artifact_uri)
     for folder in (own, kept):
-        if folder is not None and (folder / "history.csv").exists():
+        if folder is not None and (folder / "config.yaml").exists():  # a history only training has
             return folder
     copy = sweep_folder / COPIES / run.info.run_id
     if not copy.exists() and not settings.sweep.dry_run:
@@ -99,10 +99,13 @@ def _files(run: "MlflowRun", settings: DictConfig, sweep_folder: Path) -> Path:
 
 
 def estimate(settings: DictConfig, composition: Composition, actions: Sequence[str]) -> str:
-    """How long the jobs that are to run will take, from FINISHED runs of the same size."""
+    """How long the jobs that are to run will take, from runs of the same size that FINISHED without a stop."""
     if settings.tracking.uri is None:
         return "tracking=none: no earlier runs to estimate the time from"
-    earlier = list(_runs(settings, "attributes.status = 'FINISHED' AND tags.task = 'train'"))
+    trained = _runs(settings, "attributes.status = 'FINISHED' AND tags.task = 'train'")
+    # The time of a resumed run counts what it lay stopped. Its epochs' seconds do not, but they also leave out the LR
+    # finder, the figures and the exported model, which are much of a short run.
+    earlier = [run for run in trained if not _was_resumed(run)]
     seconds, guessed = 0.0, 0
     for (cfg, _), action in zip(composition.jobs, actions, strict=True):
         if action == SKIP:
@@ -117,6 +120,10 @@ def estimate(settings: DictConfig, composition: Composition, actions: Sequence[s
     if not guessed:
         return "nothing to do"
     return f"about {_duration(seconds)} one after the other, as earlier runs of this size took"
+
+
+def _was_resumed(run: "MlflowRun") -> bool:
+    return any(key.startswith("resumed.") for key in run.data.tags)
 
 
 def _size(run: "MlflowRun") -> list[str | None]:

@@ -21,7 +21,7 @@ CLASSES = (
     "torchvision.models",
     "torchvision.transforms",
 )
-FUNCTIONS = ("resnet_cifar", "torchvision.models")
+FUNCTIONS = ("torchvision.models",)
 
 
 def is_allowed(path: str) -> bool:

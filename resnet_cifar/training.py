@@ -1,6 +1,7 @@
 """A training put together from its configuration: what it starts from, its parts, and the state that going on needs."""
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from resnet_cifar.distributed import ALONE, World
 from resnet_cifar.environment import without_environment
 from resnet_cifar.loop import Progress, Training
 from resnet_cifar.recording import Invocation
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ def load(cfg: DictConfig, invocation: Invocation, world: World = ALONE) -> Start
     # Stopped before its first checkpoint, a run starts again.
     resumable = invocation.resumed and checkpoint.exists(invocation.folder)
     state = checkpoint.load(invocation.folder, built.network) if resumable else None
+    if state is not None and state.get("precision", built.precision) != built.precision:
+        log.warning(
+            "It goes on in %s, in which it began; here it would have begun in %s.", state["precision"], built.precision
+        )
+        built = dataclasses.replace(built, precision=state["precision"])
     train_images, test_images = train_images.to(built.device), test_images.to(built.device)
     held_out = test_images if val_images is None else val_images.to(built.device)
     return Start(built, train_images, held_out, test_images, state)
@@ -91,6 +99,7 @@ def training_state(
         "config": without_environment(cfg),
         "classes": list(built.classes),
         "max_lr": max_lr,
+        "precision": training.precision,
         "model": built.network.state_dict(),
         "averaged": None if training.averaged is None else training.averaged.state_dict(),
         "optimizer": training.optimizer.state_dict(),

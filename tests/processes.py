@@ -233,6 +233,16 @@ def no_grad_cam() -> None:
 failing_figures = {"figures": no_figures, "grad_cam": no_grad_cam}
 
 
+def fails_with_a_token() -> None:
+    """Training fails with a message that holds the environment's HUB_TOKEN."""
+    from resnet_cifar import experiment
+
+    def begin(*_: object, **__: object) -> None:
+        raise RuntimeError(f"GET https://hub/weights?x={os.environ['HUB_TOKEN']} failed")
+
+    experiment.begin = begin
+
+
 def terminated_at_grad_cam() -> None:
     """SIGTERM arrives while the first heat maps are computed."""
     from resnet_cifar import explain

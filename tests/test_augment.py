@@ -107,6 +107,12 @@ def test_progressive_resize_follows_the_epochs_and_ends_at_full_size():
     assert sizes == [(size, size) for size in (16, 16, 20, 20, 24, 24, 28, 32, 32)]
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 8])
+def test_progressive_resize_has_its_first_size_before_the_first_epoch_and_ends_at_full_size(epochs):
+    resize = ProgressiveResize(first=16, epochs=epochs)
+    assert [resize(coordinates(2), torch.zeros(2), epoch).shape[-1] for epoch in (0, epochs)] == [16, 32]
+
+
 def test_the_cost_of_an_epoch_is_its_share_of_pixels():
     resize = Augmentation([AlternatingFlip(), ProgressiveResize(first=16, epochs=8)], IDENTITY)
     assert [resize.share_of_pixels(32, epoch) for epoch in (1, 5, 8)] == [0.25, 0.5625, 1.0]

@@ -95,6 +95,8 @@ def assert_short(message):
         ("-m seed=0 trainer.epochs=range(0,2)", "trainer.epochs=0"),
         ("-m optimizer=adam,sdg", "choose from adam, adamw, muon, sgd"),
         ("-m seed=interval(0,1)", "INTERVAL_SWEEP"),
+        ("sweep.dry_run=true", "give it with -m"),
+        ("sweep.rerun=all", "give it with -m"),
     ],
 )
 def test_a_wrong_command_line_ends_with_2_and_a_short_message_before_anything_is_written(

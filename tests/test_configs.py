@@ -37,6 +37,7 @@ def test_the_defaults_are_the_assignment():
         "final_div_factor": 100,
         "anneal_strategy": "linear",
         "three_phase": False,
+        "cycle_momentum": True,
     }
     assert (cfg["trainer"]["epochs"], cfg["data"]["batch_size"], cfg["model"]["width"]) == (24, 512, 1.0)
     finder = {"end_lr": 0.1, "num_iter": 100, "step_mode": "exp", "select": "min_loss"}

@@ -12,10 +12,20 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from processes import STEPS, TINY, Commands, disk_full_for_a_while, failing_figures, terminated_at_grad_cam
+from processes import (
+    STEPS,
+    TINY,
+    Commands,
+    disk_full_for_a_while,
+    failing_figures,
+    fails_with_a_token,
+    terminated_at_grad_cam,
+)
 
 from resnet_cifar import checkpoint, schema, tracking
 from resnet_cifar.compose import compose, parse_arguments
+from resnet_cifar.errors import CheckpointError
+from resnet_cifar.evaluation import with_checkpoint
 from resnet_cifar.recording import Invocation, compared_params
 
 CIFAR10 = next(
@@ -224,6 +234,15 @@ def test_no_secret_is_in_anything_a_run_writes(trained):
     assert checkpoint.load(trained.folder)["config"]["data"]["root"] == "${oc.env:CANARY}"
 
 
+def test_no_secret_of_an_error_is_in_anything_a_run_writes(start):
+    run = start("scheduler.max_lr=0.01", fault=fails_with_a_token, HUB_TOKEN=CANARY)
+    assert run.code == 1 and run.tracked.info.status == "FAILED"
+    written = [path for path in run.outputs.rglob("*") if path.is_file()]
+    assert {"status.txt", "run.log", "mlflow.db"} <= {path.name for path in written}
+    assert [path for path in written if CANARY.encode() in path.read_bytes()] == []
+    assert "Traceback" in (run.folder / "run.log").read_text() and CANARY not in run.output
+
+
 def test_nothing_is_written_outside_the_output_folder(trained):
     for path in trained.outputs.rglob("*"):
         assert path.resolve().is_relative_to(trained.outputs.resolve())
@@ -279,6 +298,28 @@ def test_explain_draws_heat_maps_of_a_folder_of_pictures(trained, start, tmp_pat
     assert [row["picture"] for row in explained.table("predictions.csv")] == ["a.png", "b.jpg"]
     names = {"figures/grad_cam_predicted_layer_2.png", "figures/grad_cam_predicted_layer_3.png"}
     assert names <= explained.artifacts()
+
+
+def evaluated(checkpoint_folder, *overrides):
+    """The configuration of `task=evaluate` on a checkpoint."""
+    arguments = parse_arguments(["task=evaluate", f"checkpoint={checkpoint_folder}", *overrides])
+    return with_checkpoint(compose(arguments).jobs[0][0], overrides)[0]
+
+
+def test_what_is_typed_wins_over_the_checkpoints_configuration(trained, monkeypatch):
+    monkeypatch.setenv("CANARY", CANARY)
+    cfg = evaluated(trained.folder, "explain.layers.layer_3=layer_1", "++data.test_size=30", "data.batch_size=20")
+    assert cfg.explain.layers.layer_3 == "layer_1" and cfg.explain.layers.layer_2 == "layer_2"
+    assert (cfg.data.test_size, cfg.data.batch_size, cfg.data.train_size, cfg.model.width) == (30, 20, 120, 0.125)
+
+
+def test_a_checkpoint_with_a_forged_configuration_is_refused(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("CANARY", CANARY)
+    state = checkpoint.load(trained.folder)
+    state["config"]["model"]["width"] = {"_target_": "torchvision.datasets.FakeData"}
+    checkpoint.save(state, tmp_path)
+    with pytest.raises(CheckpointError, match=r"cannot be used: model\.width"):
+        evaluated(tmp_path)
 
 
 def test_find_lr_leaves_a_curve_and_no_checkpoint(start):

@@ -130,6 +130,20 @@ def test_a_damaged_last_checkpoint_is_replaced_by_the_previous_one(start, output
     assert_as_if_never_interrupted(folder, uninterrupted)
 
 
+def test_a_run_goes_on_in_the_precision_it_began_in_and_keeps_its_provenance(start, outputs):
+    start("trainer.precision=auto", fault=after_steps, fault_arguments=(STEPS + 2, signals, signal.SIGTERM)).ends()
+    folder = only_run(outputs)
+    began = tracked(folder)[1].data.tags["precision"]
+    other = {"fp32": "bf16", "bf16": "fp32"}[began]  # as if it had begun on another machine
+    checkpoint.save({**checkpoint.load(folder), "precision": other}, folder / "checkpoints")
+    resumed = start(f"resume={folder}")
+    assert resumed.ends() == 0, resumed.output
+    assert f"It goes on in {other}, in which it began" in resumed.output
+    tags = tracked(folder)[1].data.tags
+    assert (tags["precision"], tags["resumed.precision"]) == (began, other)
+    assert checkpoint.load(folder)["precision"] == other
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_again(start, outputs, uninterrupted):
     start(fault=killed_before_the_checkpoint, fault_arguments=(1,)).ends()
     resumed = start(f"resume={only_run(outputs)}")

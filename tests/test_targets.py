@@ -42,6 +42,8 @@ def test_resolves(path, name):
         "resnet_cifar.compose.Path",
         "resnet_cifar.compose.os.system",
         "resnet_cifar.compose.CONF",
+        "resnet_cifar.provenance._run_git",
+        "resnet_cifar.launcher.launch",
         "resnet_cifar",
         "torch.optim.",
         ".torch.optim.SGD",
