@@ -1,6 +1,7 @@
 """The table that answers a sweep's question: a row per job, seeds of one point reduced to mean, deviation and count."""
 
 import csv
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,10 @@ SEED = "seed"
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a job; accuracy in %, loss as mean per image, seconds of training and evaluation, all of the last epoch."""
+    """What became of a job; accuracy in %, loss as mean per image, seconds of training and evaluation, all of the last epoch.
+
+    A job that trained nothing has no history, loss and seconds; its accuracy is the one on the test images, if any.
+    """
 
     name: str
     values: dict[str, str]
@@ -41,20 +45,23 @@ def _result(name: str, values: dict[str, str], folder: Path) -> Result:
     word, error = status(folder)
     history = read_csv(folder / "history.csv") if (folder / "history.csv").exists() else []
     # A copy from the store has no status: only what is FINISHED is taken from there.
-    word = word or ("UNFINISHED" if (folder / ".hydra").exists() or not history else "FINISHED")
-    done = bool(history) and word == "FINISHED"
-    config = OmegaConf.load(folder / "config.yaml") if (folder / "config.yaml").exists() else None
+    has_config = (folder / "config.yaml").exists()
+    word = word or ("FINISHED" if has_config and not (folder / ".hydra").exists() else "UNFINISHED")
+    finished = word == "FINISHED"
+    trained = finished and bool(history)
+    held_out = trained and has_config and OmegaConf.load(folder / "config.yaml").data.val_size
+    test_accuracy = _test_accuracy(folder) if finished else None
     return Result(
         name=name,
         values=values,
         folder=folder,
         status=word,
-        error=" ".join(error.split()) if word != "FINISHED" else "",
-        evaluated_on="val" if config is not None and config.data.val_size else "test",
-        accuracy=history[-1]["eval_accuracy"] if done else None,
-        loss=history[-1]["eval_loss"] if done else None,
-        test_accuracy=_test_accuracy(folder) if done else None,
-        seconds=sum(row["epoch_seconds"] for row in history) if done else None,
+        error="" if finished else " ".join(error.split()),
+        evaluated_on="val" if held_out else "test",
+        accuracy=history[-1]["eval_accuracy"] if trained else test_accuracy,
+        loss=history[-1]["eval_loss"] if trained else None,
+        test_accuracy=test_accuracy,
+        seconds=sum(row["epoch_seconds"] for row in history) if trained else None,
         history=history,
     )
 
@@ -63,8 +70,9 @@ def _test_accuracy(folder: Path) -> float | None:
     if not (folder / "predictions.csv").exists():
         return None
     with (folder / "predictions.csv").open(newline="") as file:
-        correct = [row["label"] == row["prediction"] for row in csv.DictReader(file)]
-    return 100 * mean(correct)
+        # Of a user's own pictures nobody has told the labels.
+        correct = [row["label"] == row["prediction"] for row in csv.DictReader(file) if "label" in row]
+    return 100 * mean(correct) if correct else None
 
 
 def ranked_by(found: Sequence[Result]) -> str:
@@ -119,15 +127,20 @@ def table(found: Sequence[Result]) -> list[dict[str, Any]]:
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
     """The best point of a leaderboard and the next, in a sentence of Markdown."""
-    finished = [row for row in rows if row["seconds"] is not None]
-    if not finished:
-        return "**No run came to its end.**"
-    best, *rest = (_in_words(row) for row in finished[:2])
-    return f"**Best: {best}.**" + (f" Next of {len(finished)}: {rest[0]}." if rest else "")
+    measured = [row for row in rows if row[_metric(row)] is not None]
+    if not measured:
+        ended = any(re.search(r"\bFINISHED", row["status"]) for row in rows)
+        return "**No accuracy was measured to rank by.**" if ended else "**No run came to its end.**"
+    best, *rest = (_in_words(row) for row in measured[:2])
+    return f"**Best: {best}.**" + (f" Next of {len(measured)}: {rest[0]}." if rest else "")
+
+
+def _metric(row: dict[str, Any]) -> str:
+    return next(key for key in row if key.endswith("/accuracy"))
 
 
 def _in_words(row: dict[str, Any]) -> str:
-    metric = next(key for key in row if key.endswith("/accuracy"))
+    metric = _metric(row)
     point = job_name({key: row[key] for key in list(row)[: list(row).index(metric)]}, None)
     cells = [_cell(key, row[key], 0) for key in (metric, "deviation") if row.get(key) is not None]
     runs = f" ({row['runs']} runs)" if row.get("runs", 1) > 1 else ""

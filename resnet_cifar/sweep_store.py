@@ -84,7 +84,7 @@ def _files(run: "MlflowRun", settings: DictConfig, sweep_folder: Path) -> Path:
     own = Path(run.data.tags.get("process.folder", "/nowhere"))
     kept = local_folder(run.info.artifact_uri)
     for folder in (own, kept):
-        if folder is not None and (folder / "config.yaml").exists():  # a history only training has
+        if folder is not None and (folder / "config.yaml").exists():  # only a training has a history
             return folder
     copy = sweep_folder / COPIES / run.info.run_id
     if not copy.exists() and not settings.sweep.dry_run:

@@ -73,7 +73,9 @@ def draw(folder: Path, found: Sequence[Result], metric: str) -> None:
         save_figure(
             folder, f"accuracy_against_{key.rpartition('.')[2]}", lambda key=key: _against(key, finished, metric)
         )
-    points = ranked_points(finished, metric)
+    points = ranked_points([result for result in finished if result.history], metric)
+    if not points:  # a sweep of evaluations: no training, no curves, and the pictures are in the runs' own figures
+        return
     save_figure(folder, "learning_curves", lambda: _curves(points))
     save_figure(folder, "grad_cam", lambda: _grid([point[0] for point in points]))
 

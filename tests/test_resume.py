@@ -237,6 +237,14 @@ def test_a_run_is_found_by_its_mlflow_id(uninterrupted):
     assert found == uninterrupted
 
 
+def test_a_torn_journal_hides_no_other_run(tmp_path):
+    for name, journal in {"torn": '{"n": 1, "run": "ab\n', "whole": '{"n": 1, "ru\n{"n": 2, "run": "beef"}\n'}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tracking.jsonl").write_text(journal)
+    assert recording.find_run("beef", tmp_path, "resume") == tmp_path / "whole"
+    assert recording.run_id(tmp_path / "torn") is None and recording.run_id(tmp_path) is None
+
+
 def test_a_run_that_diverges_fails_with_6_and_keeps_its_last_good_checkpoint(start, outputs):
     # The weights overflow within a few steps.
     command = start("scheduler.max_lr=1e30", "scheduler.div_factor=1", "optimizer.weight_decay=0")

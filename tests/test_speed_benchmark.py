@@ -52,6 +52,19 @@ def test_the_stopwatch_leaves_warm_up_out(benchmark, monkeypatch, side):
     assert competitors.training_rate(benchmark.SIDES[side], setting) == 2 * 8 / 4
 
 
+def test_our_side_trains_on_the_device_that_is_asked_for(benchmark):
+    competitors = benchmark.competitors
+    setting = competitors.Setting(0.125, 3, 1, "", competitors.torch.device("cuda:1"), "fp32")
+    assert competitors.configuration(setting).trainer.device == "cuda:1"
+
+
+@pytest.mark.parametrize("steps", ["0", "1", "-3"])
+def test_steps_that_leave_none_to_count_are_refused(benchmark, capsys, steps):
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--steps", steps])
+    assert f"{steps} is below 2" in capsys.readouterr().err
+
+
 def test_one_quantity_is_varied_at_a_time(benchmark):
     cost, setting = (
         benchmark.cost,

@@ -163,6 +163,70 @@ def test_the_verdict_names_the_best_point_and_the_next():
     assert leaderboard.verdict(leaderboard.table(found[3:])) == "**No run came to its end.**"
 
 
+def finished_job(folder, *predictions, columns="label,prediction"):
+    """The folder of a job that trained nothing, with what it predicted."""
+    folder.mkdir()
+    (folder / "status.txt").write_text("FINISHED\n")
+    (folder / "config.yaml").write_text("data: {val_size: 5000}\n")
+    if predictions:
+        (folder / "predictions.csv").write_text("\n".join([columns, *predictions]) + "\n")
+    return str(folder)
+
+
+def found_in(tmp_path, *folders):
+    jobs = [
+        sweep.Job(n, folder, {"checkpoint": folder[-1]}, "", sweep.RUN, folder, folder)
+        for n, folder in enumerate(folders)
+    ]
+    return leaderboard.results(sweep.Plan("id", str(tmp_path), ["-m"], jobs))
+
+
+def test_jobs_that_evaluate_are_ranked_without_a_history(tmp_path):
+    found = found_in(
+        tmp_path, finished_job(tmp_path / "a", "cat,dog", "cat,cat"), finished_job(tmp_path / "b", "cat,cat")
+    )
+    assert [row["test/accuracy"] for row in leaderboard.rows_of_runs(found)] == [50, 100]
+    assert leaderboard.verdict(leaderboard.table(found)) == (
+        "**Best: checkpoint=b: test/accuracy 100.00%.** Next of 2: checkpoint=a: test/accuracy 50.00%."
+    )
+
+
+def test_jobs_that_find_a_rate_or_explain_pictures_came_to_their_end_without_an_accuracy(tmp_path):
+    pictures = finished_job(tmp_path / "b", "rex.jpg,dog", columns="picture,prediction")
+    found = found_in(tmp_path, finished_job(tmp_path / "a"), pictures)
+    assert [result.test_accuracy for result in found] == [None, None]
+    assert leaderboard.verdict(leaderboard.table(found)) == "**No accuracy was measured to rank by.**"
+
+
+def test_a_copy_of_an_evaluation_from_the_store_is_finished_and_an_empty_one_is_not(tmp_path):
+    finished_job(tmp_path / "a", "cat,cat")
+    (tmp_path / "a" / "status.txt").unlink()
+    (tmp_path / "b").mkdir()
+    found = found_in(tmp_path, str(tmp_path / "a"), str(tmp_path / "b"))
+    assert [(result.status, result.accuracy) for result in found] == [("FINISHED", 100), ("UNFINISHED", None)]
+
+
+def test_the_time_a_resumed_run_lay_stopped_is_not_in_the_estimate(outputs, tmp_path):
+    composition = composed("seed=0,1", "trainer.epochs=2", f"output_dir={outputs}")
+    settings = composition.jobs[0][0]
+    store = sweep_store.tracking.Store(settings.tracking.uri)
+    client, experiment = store.client, store.experiment_id(settings.tracking.experiment, tmp_path / "artifacts")
+
+    def earlier(seconds, **tags):
+        run = client.create_run(experiment, start_time=1000, tags={"task": "train", **tags})
+        for key, value in zip(sweep_store.SIZE, sweep_store._planned_size(settings), strict=True):
+            if value is not None:
+                client.log_param(run.info.run_id, key, value)
+        client.log_param(run.info.run_id, "trainer.epochs", 2)
+        client.set_terminated(run.info.run_id, "FINISHED", end_time=1000 * (1 + seconds))
+
+    estimate = [settings, composition, [sweep.RUN, sweep.SKIP]]
+    earlier(360_000, **{"resumed.git_commit": "abc"})
+    assert sweep_store.estimate(*estimate).startswith("no earlier runs")
+    earlier(60)
+    assert sweep_store.estimate(*estimate).startswith("about 60 s")
+
+
 @pytest.mark.parametrize(
     ("value", "shown"),
     [

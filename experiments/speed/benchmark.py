@@ -231,7 +231,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--only", choices=("step", "data", "run", "cost", "table"), help="one part; table measures nothing"
     )
     parser.add_argument("--widths", type=float, nargs="+", default=list(STEPS))
-    parser.add_argument("--steps", type=step_count, help="a repeat's optimizer steps, warm-up included (default: by width)")
+    parser.add_argument(
+        "--steps", type=step_count, help="a repeat's optimizer steps, warm-up included (default: by width)"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--device", default="auto")
