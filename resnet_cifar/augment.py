@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from resnet_cifar.errors import ConfigError
+
 
 class BatchTransform:
     """Base of the transforms that take a whole batch: `transform(images, generator)`, (N, C, H, W) uint8 to the same."""
@@ -44,6 +46,7 @@ class RandomCrop(BatchTransform):
         self.size, self.padding, self.padding_mode = size, padding, padding_mode
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+        self._check(min(images.shape[2:]))
         padded = F.pad(images, [self.padding] * 4) if self.padding_mode == "constant" else self._reflected(images)
         number, channels, height, width = padded.shape
         top = _integers(height - self.size + 1, images, generator)
@@ -54,6 +57,17 @@ class RandomCrop(BatchTransform):
         row = first_row.unsqueeze(1) + torch.arange(self.size, device=images.device)
         cropped = rows.index_select(0, (row * width + left.unsqueeze(1)).flatten())
         return cropped.view(number, self.size, self.size, channels).permute(0, 3, 1, 2)
+
+    def _check(self, side: int) -> None:
+        if self.size > side + 2 * self.padding:
+            raise ConfigError(
+                f"RandomCrop: size={self.size} should be at most {side + 2 * self.padding}, "
+                f"of images of {side} pixels with padding={self.padding}"
+            )
+        if self.padding_mode == "reflect" and self.padding >= side:
+            raise ConfigError(
+                f"RandomCrop: padding={self.padding} should be below {side}, the pixels there are to reflect"
+            )
 
     def _reflected(self, images: Tensor) -> Tensor:
         # torch pads uint8 with constants only, so its own reflection of the pixels' positions is what is looked up.
@@ -89,7 +103,7 @@ class AlternatingFlip(ScheduledTransform):
 class ProgressiveResize(ScheduledTransform):
     """Shrink the images to `first` pixels at first, to more in equal steps of `epochs`, in the last not at all.
 
-    Sizes are multiples of 4. Progressive resizing as in fast.ai's DAWNBench entry (Howard et al., 2018); antialiased
+    Sizes until then are multiples of 4. Progressive resizing as in fast.ai's DAWNBench entry (Howard et al., 2018); antialiased
     bilinear interpolation.
     """
 
@@ -109,8 +123,9 @@ class ProgressiveResize(ScheduledTransform):
         return min(1.0, self._size(height, epoch) / height) ** 2
 
     def _size(self, full: int, epoch: int) -> int:
-        # The LR finder is before epoch 1.
-        done = 1.0 if epoch >= self.epochs else max(0, epoch - 1) / max(1, self.epochs - 1)
+        if epoch >= self.epochs:
+            return full
+        done = max(0, epoch - 1) / max(1, self.epochs - 1)  # the LR finder is before epoch 1
         return int(self.first + (full - self.first) * done) // 4 * 4
 
 

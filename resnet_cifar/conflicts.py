@@ -14,8 +14,9 @@ def conflicts(cfg: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
     """
     yield from _task(cfg)
     yield from _devices(cfg)
-    yield from _data(cfg["data"])
+    yield from _data(cfg)
     yield from _learning_rate(cfg, overrides)
+    yield from _schedule(cfg["scheduler"])
     yield from _tracking(cfg["tracking"])
 
 
@@ -41,14 +42,18 @@ def _devices(cfg: dict[str, Any]) -> Iterator[str]:
         yield f"trainer.device={device} names one GPU beside trainer.devices={devices}: give trainer.device=cuda"
 
 
-def _data(data: dict[str, Any]) -> Iterator[str]:
+def _data(cfg: dict[str, Any]) -> Iterator[str]:
+    data = cfg["data"]
     if "root" in data["dataset"] and data["dataset"]["root"] is None:
         yield "data.root is empty: it should be the folder that holds the images, or where they are downloaded to"
+    if cfg["task"] not in ("train", "find_lr"):
+        return
     size = data["train_size"]
     if size is not None and data["batch_size"] > size:
         yield f"data.batch_size={data['batch_size']} should be at most data.train_size={size}"
-    if size is not None and data["val_size"] >= size:
-        yield f"data.val_size={data['val_size']} should be below data.train_size={size}"
+    flips = [each["_target_"] for each in cfg["augmentation"]["transforms"] if each["_target_"].endswith("Flip")]
+    if data["dataset"]["_target_"].endswith(".Digits") and flips:
+        yield f"{flips[0].rpartition('.')[2]} makes other signs of digits: give augmentation=crop_cutout beside data=digits"
 
 
 def _learning_rate(cfg: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
@@ -70,6 +75,12 @@ def _learning_rate(cfg: dict[str, Any], overrides: Sequence[str]) -> Iterator[st
             f"optimizer.momentum={cfg['optimizer']['momentum']} would do nothing: the one-cycle schedule overwrites it;\n"
             "give scheduler.cycle_momentum=false with it, or ++scheduler.base_momentum and max_momentum in its place"
         )
+
+
+def _schedule(scheduler: dict[str, Any]) -> Iterator[str]:
+    rise = scheduler.get("pct_start")
+    if scheduler.get("three_phase") and rise > 0.5:  # torch would cut off what follows
+        yield f"scheduler.pct_start={rise} should be at most 0.5 with scheduler.three_phase=true: the fall is as long as the rise"
 
 
 def _tracking(tracking: dict[str, Any]) -> Iterator[str]:

@@ -68,7 +68,7 @@ def as_images(dataset: LabelledImages) -> Images:
     if min(array.strides) < 0:  # which torch does not have
         array = array.copy()
     pixels = torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-    return Images(pixels, torch.tensor(dataset.targets), tuple(dataset.classes))
+    return Images(pixels, torch.as_tensor(dataset.targets, dtype=torch.long), tuple(dataset.classes))
 
 
 def dataset_error(error: Exception, root: str | None, subfolder: str = "") -> DataError:

@@ -146,6 +146,8 @@ def train_in_stages(cfg: DictConfig, invocation: Invocation, world: World = ALON
                 )
                 report.draw_curves(folder, evaluated_on, steps)
                 log_range_test(folder, tracked_run)
+        if stop.signal_number:  # it came after the last step, while the curves were drawn
+            raise SystemExit(stop.exit_code)
         checkpoint.keep_only_last(folder / "checkpoints")
         if training.averaged is not None:
             built.network.load_state_dict(training.averaged.module.state_dict())

@@ -52,8 +52,10 @@ def range_test(
     # One deepcopy of both keeps the copied optimizer on the copied parameters.
     model, optimizer = copy.deepcopy((model, optimizer))
     device = next(model.parameters()).device
-    model.forward = autocast(device, precision)(model.forward)
-    finder = LRFinder(model, optimizer, nn.CrossEntropyLoss(label_smoothing=label_smoothing), device=device)
+    criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+    for module in (model, criterion):  # as the training loop has both
+        module.forward = autocast(device, precision)(module.forward)
+    finder = LRFinder(model, optimizer, criterion, device=device)
     silence = io.StringIO()  # torch-lr-finder prints, and draws a bar of its own
     with untouched_generators(), contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
         finder.range_test(Batches(), end_lr=end_lr, num_iter=num_iter, step_mode=step_mode)
@@ -99,7 +101,7 @@ def _steepest(losses: np.ndarray) -> int:
 
 
 def _valley(losses: np.ndarray) -> int:
-    """Two thirds into the longest falling run of the losses: fastai's `valley`, its default since 2.3."""
+    """Half way down the longest falling run of the losses: fastai's `valley`, its default since 2.3."""
     length = np.ones(len(losses), dtype=int)
     for i in range(1, len(losses)):
         falling = losses[:i] > losses[i]

@@ -43,6 +43,8 @@ def build_parts(cfg: DictConfig, classes: tuple[str, ...]) -> Parts:
     device, channels_last = choose_device(cfg.trainer.device), cfg.trainer.channels_last
     if device.type == "cpu":
         keep_freed_memory()
+    if device.index is not None:  # whose random state is kept, and what libraries take that are not told
+        torch.accelerator.set_device_index(device.index)
     network = build_model(cfg.model, len(classes), device, channels_last, cfg.seed)
     for layer in cfg.explain.layers.values():
         check_layer(network, layer)
@@ -118,6 +120,10 @@ def check_targets(cfg: DictConfig) -> None:
     check_arguments(cfg.model, "num_classes")
     check_arguments(cfg.optimizer, "params")
     check_arguments(cfg.scheduler, "optimizer", *_length_arguments(cfg.scheduler))
+    if "metrics" in inspect.signature(resolve(cfg.scheduler._target_).step).parameters:
+        raise ConfigError(
+            f"scheduler._target_={cfg.scheduler._target_} waits for a metric; a schedule here is stepped after every batch"
+        )
     for transform in cfg.augmentation.transforms:
         check_arguments(transform)
 
@@ -191,6 +197,11 @@ def build_optimizer(optimizer: DictConfig, param_groups: DictConfig, model: nn.M
 def build_scheduler(scheduler: DictConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
     """The schedule over `total_steps` optimizer steps."""
     supplied: dict[str, Any] = dict.fromkeys(_length_arguments(scheduler), total_steps)
+    if total_steps * scheduler.get("pct_start", 0) == 1:  # torch divides by the steps of the rise less one
+        raise ConfigError(
+            f"scheduler.pct_start={scheduler.pct_start} of {total_steps} steps is one step, in which nothing can rise; "
+            "give more or less"
+        )
     groups = optimizer.param_groups
     if "max_lr" in scheduler and len(groups) > 1:  # one peak for each, in the proportion of their learning rates
         supplied["max_lr"] = [scheduler.max_lr * group["lr"] / groups[0]["lr"] for group in groups]

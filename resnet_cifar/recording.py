@@ -31,6 +31,7 @@ COMPARED = (
     *("scheduler.pct_start", "scheduler.div_factor", "scheduler.final_div_factor", "optimizer.weight_decay"),
     "model.inner_shortcut",
 )
+FROM_CHECKPOINT = ("model.", "data.")
 MOST_PARAMS = 15  # more squeeze the images on MLflow's pages
 # Where a run lies and where it is recorded tell nothing about its result.
 NOT_COMPARED = ("tracking", "hydra", "output_dir", "data.root", "experiment", "scheduler.max_lr", "resume", "sweep")
@@ -182,12 +183,17 @@ def log_range_test(folder: Path, tracked_run: NoRun) -> None:
 def compared_params(cfg: DictConfig, invocation: Invocation) -> dict[str, Any]:
     """Flat dotted keys and their values, what was varied and given first, as a run's page in MLflow shows them.
 
-    `scheduler.max_lr`, which may have to be found first, is logged when it is known.
+    `scheduler.max_lr`, which may have to be found first, is logged when it is known. Of a task on a checkpoint only what
+    was given and what the checkpoint brings along: how it was trained is in the configuration of its own run.
     """
     values = dict(schema.leaves(without_environment(cfg)))
-    params: dict[str, Any] = {group: invocation.choices.get(group) for group in COMPARED_GROUPS}
     given = [override.partition("=")[0].lstrip("+") for override in invocation.overrides]
-    for key in (*ALWAYS_COMPARED, *given, *COMPARED):
+    groups, keys = COMPARED_GROUPS, [*ALWAYS_COMPARED, *given, *COMPARED]
+    if cfg.checkpoint is not None:
+        groups = tuple(group for group in groups if group in given)
+        keys = [key for key in keys if key in given or key.startswith(FROM_CHECKPOINT)]
+    params: dict[str, Any] = {group: invocation.choices.get(group) for group in groups}
+    for key in keys:
         room = len(params) < MOST_PARAMS - 1  # scheduler.max_lr is the last
         if room and values.get(key) is not None and not key.startswith(NOT_COMPARED):
             params[key] = values[key]

@@ -81,8 +81,10 @@ def _cut(path: Path, key: str, last: int) -> None:
     if not path.exists():
         return
     with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        names, rows = reader.fieldnames, [row for row in reader if row[key] and int(row[key]) <= last]
+        reader = csv.DictReader(line for line in file if line.endswith("\n"))  # a kill can tear the last one
+        names, rows = reader.fieldnames, [row for row in reader if int(row[key]) <= last]
+    if names is None:
+        return path.unlink()
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=names)

@@ -90,6 +90,7 @@ class CustomResNet(TypedDict):
 
 @open_to_arguments
 class RandomCrop(TypedDict):
+    size: Count
     padding: CountOrZero
     padding_mode: Literal["constant", "reflect"]
 

@@ -250,6 +250,13 @@ def terminated_at_grad_cam() -> None:
     explain.grad_cam = lambda *_: signals(signal.SIGTERM)
 
 
+def terminated_at_the_curves() -> None:
+    """SIGTERM arrives when the last step is done and the curves are about to be drawn."""
+    from resnet_cifar import report
+
+    report.draw_curves = lambda *_: signals(signal.SIGTERM)
+
+
 def disk_full_for_a_while() -> None:
     """The first time each is written, the summary and the tables find a full disk: /dev/full, a real ENOSPC."""
     open_file, seen = Path.open, set()

@@ -13,6 +13,7 @@ from resnet_cifar.augment import (
     RandomCrop,
     RandomHorizontalFlip,
 )
+from resnet_cifar.errors import ConfigError
 
 N = 8100
 IDENTITY = Normalise([0.0] * 3, [1 / 255] * 3, channels_last=True)  # pixel values as they are, as floats
@@ -59,6 +60,18 @@ def test_crop_can_reflect_the_image_at_its_border():
     for image, top, left in zip(cropped, *crop_offsets(cropped), strict=True):
         padded = torch.nn.functional.pad(images[0].float(), [4] * 4, mode="reflect")
         assert torch.equal(image.float(), padded[:, top : top + 32, left : left + 32])
+
+
+@pytest.mark.parametrize(
+    ("crop", "reason"),
+    [
+        (RandomCrop(41, padding=4), "size=41 should be at most 40"),
+        (RandomCrop(32, padding=32, padding_mode="reflect"), "padding=32 should be below 32"),
+    ],
+)
+def test_a_crop_that_images_have_no_pixels_for_is_refused(crop, reason):
+    with pytest.raises(ConfigError, match=reason):
+        crop(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.Generator())
 
 
 def test_crop_reaches_what_torchvision_reaches():
@@ -111,6 +124,7 @@ def test_progressive_resize_follows_the_epochs_and_ends_at_full_size():
 def test_progressive_resize_has_its_first_size_before_the_first_epoch_and_ends_at_full_size(epochs):
     resize = ProgressiveResize(first=16, epochs=epochs)
     assert [resize(coordinates(2), torch.zeros(2), epoch).shape[-1] for epoch in (0, epochs)] == [16, 32]
+    assert resize(coordinates(2)[..., :30, :30], torch.zeros(2), epochs).shape[-1] == 30  # no multiple of 4
 
 
 def test_the_cost_of_an_epoch_is_its_share_of_pixels():

@@ -61,6 +61,11 @@ def test_pixels_in_any_order_of_memory_become_channels_last():
     assert np.array_equal(images.permute(0, 2, 3, 1), blue_first)
 
 
+def test_labels_of_any_integer_type_become_int64():
+    pixels, labels = np.zeros((2, 32, 32, 3), dtype=np.uint8), np.array([0, 1], dtype=np.int32)
+    assert as_images(SimpleNamespace(data=pixels, targets=labels, classes=("a", "b"))).labels.dtype == torch.int64
+
+
 def test_cifar10_is_the_real_one():
     folder = os.environ.get("CIFAR10_ROOT", Path(__file__).parents[2] / "shared" / "data")
     if not Path(folder, "cifar-10-batches-py").is_dir():

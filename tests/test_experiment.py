@@ -20,6 +20,7 @@ from processes import (
     failing_figures,
     fails_with_a_token,
     terminated_at_grad_cam,
+    terminated_at_the_curves,
 )
 
 from resnet_cifar import checkpoint, schema, tracking
@@ -272,6 +273,8 @@ def test_evaluate_gives_the_numbers_of_the_training(trained, start):
     assert again.code == 0, again.output
     assert again.table("predictions.csv") == trained.table("predictions.csv")
     assert again.history("test/accuracy") == [(2, trained.history("test/accuracy")[-1][1])]
+    assert not {"optimizer", "seed", "trainer.epochs"} & set(again.tracked.data.params)  # those are the training's
+    assert again.tracked.data.params["model.width"] == trained.tracked.data.params["model.width"]
     assert again.tracked.data.tags["task"] == "evaluate" and again.tracked.info.status == "FINISHED"
     assert {"figures/misclassified_images.png", "figures/confusion_matrix.png", "predictions.csv"} <= again.artifacts()
 
@@ -444,7 +447,8 @@ def test_real_cifar10_runs(start):
     assert {row["label"] for row in run.table("predictions.csv")} <= set(checkpoint.load(run.folder)["classes"])
 
 
-def test_a_signal_while_the_figures_are_drawn_ends_the_run_as_killed(start):
-    run = start("scheduler.max_lr=0.01", "trainer.epochs=1", fault=terminated_at_grad_cam)
+@pytest.mark.parametrize("fault", [terminated_at_the_curves, terminated_at_grad_cam])
+def test_a_signal_while_the_figures_are_drawn_ends_the_run_as_killed(start, fault):
+    run = start("scheduler.max_lr=0.01", "trainer.epochs=1", fault=fault)
     assert run.code == 128 + signal.SIGTERM, run.output
     assert run.tracked.info.status == "KILLED"

@@ -13,6 +13,7 @@ from torch import nn
 from resnet_cifar import parts
 from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.custom_resnet import CustomResNet
+from resnet_cifar.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,18 @@ def test_biases_of_batch_norm_have_their_own_learning_rate_through_the_whole_sch
         optimizer.step()
         if scheduler.last_epoch < 23:
             scheduler.step()
+
+
+def test_a_rise_of_one_step_is_refused(model):
+    with pytest.raises(ConfigError, match=r"scheduler\.pct_start=0\.041.* of 24 steps is one step"):
+        built(model, f"scheduler.pct_start={1 / 24}")
+
+
+def test_a_schedule_that_waits_for_a_metric_is_refused():
+    given = ["scheduler=constant", "scheduler._target_=torch.optim.lr_scheduler.ReduceLROnPlateau"]
+    [(cfg, _)] = compose(parse_arguments(given)).jobs
+    with pytest.raises(ConfigError, match="ReduceLROnPlateau waits for a metric"):
+        parts.check_targets(cfg)
 
 
 def test_weight_decay_can_be_left_to_the_weights_alone(model):

@@ -18,7 +18,9 @@ from processes import (
     waits_after_steps,
 )
 
-from resnet_cifar import checkpoint, recording, tracking
+from resnet_cifar import checkpoint, recording, resume, tracking
+from resnet_cifar.loop import Progress
+from resnet_cifar.report import read_csv
 
 TIMES = ("images_per_second", "epoch_seconds")
 
@@ -235,6 +237,14 @@ def test_a_run_is_found_by_its_mlflow_id(uninterrupted):
     _, run = tracked(uninterrupted)
     found = recording.find_run(run.info.run_id, uninterrupted.parents[1], "resume")
     assert found == uninterrupted
+
+
+def test_a_row_that_a_kill_tore_is_written_again(tmp_path):
+    (tmp_path / "lr_history.csv").write_bytes(b"step,epoch,lr,loss\r\n1,1,0.1,2.5\r\n2,1,0.1,2.4\r\n1")
+    (tmp_path / "history.csv").write_bytes(b"epoch,lr,tra")
+    resume.cut_tables(tmp_path, Progress(epoch=1, batch=17), steps_per_epoch=20)
+    assert [row["step"] for row in read_csv(tmp_path / "lr_history.csv")] == [1, 2]
+    assert not (tmp_path / "history.csv").exists()
 
 
 def test_a_torn_journal_hides_no_other_run(tmp_path):

@@ -37,6 +37,9 @@ def main() -> None:
     study = studies[arguments.study]
     if arguments.report:
         return report(arguments.study, first=next(iter(study["rows"])))
+    unknown = set(arguments.rows or ()) - set(study["rows"])
+    if unknown:
+        sys.exit(f"{arguments.study} has no row {', '.join(sorted(unknown))}; its rows: {', '.join(study['rows'])}")
     rows = {row: overrides for row, overrides in study["rows"].items() if not arguments.rows or row in arguments.rows}
     for seed in arguments.seeds or study["seeds"]:  # seed by seed: a study that is interrupted has compared all rows
         for row, overrides in rows.items():
@@ -97,7 +100,7 @@ def report(study: str, first: str) -> None:
         pairs = [accuracy - accuracies[first, seed] for seed, accuracy in mine.items() if (first, seed) in accuracies]
         shown = {key: row[key] for key in ("row", metric, "deviation", "runs")}
         flipped = [entry["accuracy_flip_tta"] for entry in entries if entry["row"] == row["row"]]
-        if any(flipped):
+        if flipped and all(flipped):
             shown["with flip TTA"] = f"{mean(map(float, flipped)):.2f}%"
         table.append({**shown, "difference": with_standard_error(pairs)})
     print(leaderboard.markdown(table))

@@ -150,6 +150,8 @@ def row(part: str, item: str, value: float, unit: str, target: str = "", width: 
 def measured(path: Path, on: str) -> dict[tuple[str, str, str], list[dict]]:
     """The measurements of one machine by part, width and item, in the order in which they were first made."""
     groups: dict[tuple[str, str, str], list[dict]] = {}
+    if not path.exists():
+        return groups
     with path.open(newline="") as file:
         for entry in csv.DictReader(file):
             if entry["machine"] == on:
