@@ -83,9 +83,9 @@ def check_command_line(argv: list[str]) -> Composition | None:
 
     for cfg, overrides in composition.jobs:
         schema.check(cfg, overrides)
-        for key in ("dry_run=true", "rerun=all") if composition.sweep is None else ():
-            if f"sweep.{key}" in overrides:
-                raise ConfigError(f"sweep.{key} would do nothing for a single run: give it with -m")
+        if composition.sweep is None and (cfg.sweep.dry_run or cfg.sweep.rerun == "all"):
+            key = "dry_run=true" if cfg.sweep.dry_run else "rerun=all"
+            raise ConfigError(f"sweep.{key} would do nothing for a single run: give it with -m")
     return composition
 
 
@@ -105,7 +105,8 @@ def job(cfg: DictConfig) -> float | None:
             return None
         if stop.code in (INTERRUPTED, TERMINATED):
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                print("The same command again goes on with the whole sweep.", file=sys.stderr)
+                again = "The same command again" if cfg.sweep.rerun != "all" else "The same without sweep.rerun=all"
+                print(f"{again} goes on with the whole sweep.", file=sys.stderr)
             raise
         fail(cfg, stop, stop.code if isinstance(stop.code, int) else UserError.exit_code)
     except UserError as error:

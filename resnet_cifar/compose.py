@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import secrets
+import shlex
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -66,10 +67,9 @@ def presets() -> str:
     lines = []
     for path in sorted((CONF / "experiment").glob("*.yaml")):
         comments = [line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-        purpose = next(line for line in comments if not line.startswith("@package"))
-        lines += textwrap.wrap(
-            purpose, 80, initial_indent=f"  {path.stem:<14}", subsequent_indent=16 * " ", break_on_hyphens=False
-        )
+        purpose = next((line for line in comments if not line.startswith("@package")), "")
+        text = f"{path.stem:<14}{purpose}".rstrip()
+        lines += textwrap.wrap(text, 80, initial_indent="  ", subsequent_indent=16 * " ", break_on_hyphens=False)
     return "\n".join(lines)
 
 
@@ -104,6 +104,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if arguments.resolve and not (arguments.cfg or arguments.help):
         refuse("--resolve goes with --cfg or --help")
     return arguments
+
+
+def quoted(path: Path | str) -> str:
+    """The path as a value on Hydra's command line, whatever characters it has."""
+    return "'" + str(path).replace("'", "\\'") + "'"
 
 
 def compose(arguments: argparse.Namespace) -> Composition:
@@ -192,7 +197,11 @@ def _reason(error: Exception, arguments: argparse.Namespace) -> str:
     if isinstance(error, yaml.MarkedYAMLError):
         return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: not valid YAML: {error.problem}"
     if isinstance(error, OverrideParseException):
-        return f"cannot read {error.override}: settings are written key=value, with quotes around special characters"
+        key, equals, value = str(error.override).partition("=")
+        if not equals:
+            return f"cannot read {key}: settings are written key=value"
+        written = shlex.quote(f"{key}={quoted(value)}")
+        return f"cannot read {error.override}: special characters want quotes, the shell's and Hydra's: {written}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _missing_option(error)
     first_line = (str(error) or str(error.__cause__)).splitlines()[0]

@@ -63,8 +63,15 @@ class Digits:
 
 
 def as_images(dataset: LabelledImages) -> Images:
-    """The whole data set as tensors, channels last in memory; pixels that are contiguous (N, H, W, C) are not copied."""
+    """The whole data set as tensors, channels last in memory; pixels that are contiguous (N, H, W, C) are not copied.
+
+    Raises `DataError` where its `data` are no such pixels.
+    """
     array = np.asarray(dataset.data)
+    if array.ndim != 4 or array.dtype != np.uint8:
+        raise DataError(
+            f"The `data` of {type(dataset).__name__} should be (N, H, W, C) uint8: they are {array.shape} {array.dtype}."
+        )
     if min(array.strides) < 0:  # which torch does not have
         array = array.copy()
     pixels = torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
@@ -82,9 +89,10 @@ def dataset_error(error: Exception, root: str | None, subfolder: str = "") -> Da
             f"Give the folder that holds {subfolder or 'it'}: data.root=<folder>,\n{offline}"
         )
     reason = " ".join(str(error).split())[:160]
+    again = f"Delete {place} to download it again, give" if subfolder else "Give"
     return DataError(
         f"The data set in data.root={root} cannot be loaded: {type(error).__name__}: {reason}\n"
-        f"Delete {place} to download it again, give another folder: data.root=<folder>,\n{offline}"
+        f"{again} another folder: data.root=<folder>,\n{offline}"
     )
 
 

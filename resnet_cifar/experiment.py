@@ -18,12 +18,13 @@ from resnet_cifar import checkpoint, parts, provenance, report, resume, sweep, t
 from resnet_cifar.data import Images, steps_per_epoch, training_batches
 from resnet_cifar.deployed_model import DeployedModel
 from resnet_cifar.distributed import ALONE, World
+from resnet_cifar.errors import StorageError
 from resnet_cifar.evaluation import evaluate_and_explain, evaluate_checkpoint, explain_checkpoint, log_flip_accuracy
 from resnet_cifar.fingerprint import config_hash, source_hash
 from resnet_cifar.launcher import launch
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord, Training, diverged, fit
 from resnet_cifar.lr_finder import range_test, suggest
-from resnet_cifar.progress import ProgressDisplay, shown
+from resnet_cifar.progress import ProgressDisplay, setting
 from resnet_cifar.recording import Invocation, epoch_metrics, log_range_test, recorded, run_id
 from resnet_cifar.signals import StopRequest, do_nothing, stop_requests
 from resnet_cifar.sync import sync_all
@@ -36,6 +37,11 @@ log = logging.getLogger(__name__)
 def run(cfg: DictConfig) -> float | None:
     """Do `cfg.task` in Hydra's run folder; `train` returns the accuracy (%) that runs are compared by, the others nothing."""
     cfg, invocation = asked_for(cfg)
+    if not invocation.resumed and (invocation.folder / "config.yaml").exists():
+        raise StorageError(
+            f"{invocation.folder} holds a run already: give another folder, or none, as hydra.run.dir,\n"
+            f"or go on with the run: python run.py {setting('resume', invocation.folder)}"
+        )
     tasks = {
         "train": train,
         "find_lr": find_lr,
@@ -235,8 +241,8 @@ def follow(
                 saved = time.monotonic()
             if stopped_by:
                 log.warning(
-                    "Stopped by signal %d in epoch %d; a checkpoint is saved. Go on with it:\n  python run.py resume=%s",
-                    *(stopped_by, record.epoch, shown(folder)),
+                    "Stopped by signal %d in epoch %d; a checkpoint is saved. Go on with it:\n  python run.py %s",
+                    *(stopped_by, record.epoch, setting("resume", folder)),
                 )
                 raise SystemExit(128 + stopped_by)
     finally:

@@ -3,6 +3,7 @@
 import copy
 import difflib
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,15 +105,17 @@ def load_pictures(folder: str | Path, size: int) -> tuple[list[str], Tensor]:
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"There is no folder '{folder}'.\nGive one that holds pictures: explain.images=<folder>.")
-    pictures = {}
+    names, pictures = [], []
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        name = os.fsencode(path.name).decode(errors="replace")  # a name can be of any bytes
         try:
-            pictures[path.name] = _load_picture(path, size)
+            pictures.append(_load_picture(path, size))
+            names.append(name)
         except Exception as error:  # a damaged file makes Pillow raise almost anything
-            log.warning("Skipped %s, not a readable picture: %s", path.name, error)
+            log.warning("Skipped %s, not a readable picture: %s", name, error)
     if not pictures:
         raise DataError(f"No readable picture in '{folder}'.\nPut .png, .jpg or .webp files straight into it.")
-    return list(pictures), torch.from_numpy(np.stack(list(pictures.values()))).permute(0, 3, 1, 2).contiguous()
+    return names, torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
 def _load_picture(path: Path, size: int) -> np.ndarray:

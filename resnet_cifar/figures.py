@@ -68,7 +68,7 @@ def misclassified_images(
     captions = _captions(first_lines, predictions, confidences, classes, "\nconfidence {:.1%}")
     for axes, image, caption in zip(panels, images, captions, strict=True):
         axes.imshow(image)
-        axes.set_title(caption, fontsize=9, loc="center")
+        axes.set_title(caption, fontsize=9, loc="center", parse_math=False)
     return figure
 
 
@@ -101,7 +101,7 @@ def grad_cam(
     captions = _captions(first_lines, predictions, confidences, classes, " ({:.1%})")
     for axes, image, heat_map, target, caption in zip(panels, images, heat_maps, explained, captions, strict=True):
         _draw_pair(axes, _unit(image), heat_map, _short(classes[target]))
-        axes.set_title(caption, fontsize=9, loc="center")
+        axes.set_title(caption, fontsize=9, loc="center", parse_math=False)
     bar = figure.colorbar(
         ScalarMappable(cmap=HEAT_MAP_COLOURS), ax=panels, location="bottom", shrink=0.4, aspect=40, pad=0.02
     )

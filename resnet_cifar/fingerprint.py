@@ -29,7 +29,19 @@ def config_hash(cfg: DictConfig) -> str:
         container.pop(key, None)
     for holder in (container.get("data", {}), container.get("data", {}).get("dataset", {})):
         holder.pop("root", None)
+    if container.get("checkpoint") is not None:
+        container["checkpoint"] = [container["checkpoint"], _end_of_checkpoint(Path(container["checkpoint"]))]
     return _hash(container)
+
+
+def _end_of_checkpoint(path: Path) -> str:
+    """The SHA-256 in which the checkpoint file or a run's last checkpoint ends; empty where `path` is none, but a run's id."""
+    for file in (path, path / "last.pt", path / "checkpoints" / "last.pt"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                opened.seek(max(0, file.stat().st_size - 64))
+                return opened.read().hex()
+    return ""
 
 
 def sweep_id(overrides: Sequence[str], config_hashes: Sequence[str]) -> str:

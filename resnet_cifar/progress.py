@@ -4,6 +4,8 @@ What it shows has room in 80 columns, unless a path is longer.
 """
 
 import logging
+import re
+import shlex
 import sys
 import time
 import warnings
@@ -14,6 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from resnet_cifar.compose import quoted
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord
 from resnet_cifar.tracked_run import NoRun, run_page
 
@@ -118,13 +121,20 @@ def where_to_look(task: str, folder: Path, tracked_run: NoRun) -> str:
             lines.append(f"         {run_page(LOCAL_SERVER, tracked_run.experiment_id, tracked_run.run_id)}")
     if task == "train":
         lines.append("next     python run.py task=explain explain.images=<folder of pictures> \\")
-        lines.append(f"           checkpoint={shown(folder)}")
+        lines.append(f"           {setting('checkpoint', folder)}")
     return "\n".join(lines)
 
 
 def shown(path: Path) -> Path:
     """The path from the working directory, where it lies in there."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def setting(key: str, path: Path) -> str:
+    """`key=path` as it is typed: quoted for the shell, and for Hydra where it would not take the path as it is."""
+    value = str(shown(path))
+    plain = key == "resume" or re.fullmatch(r"[\w /.:+@%-]*", value, re.ASCII)
+    return shlex.quote(f"{key}={value if plain else quoted(value)}")
 
 
 def shown_uri(text: str) -> str:

@@ -145,7 +145,7 @@ def find_run(reference: str, outputs: Path, key: str) -> Path:
     if (folder / "config.yaml").is_file():
         return folder
     for journal in outputs.rglob("tracking.jsonl") if reference.isalnum() else ():
-        if run_id(journal.parent) == reference:
+        if run_id(journal.parent) == reference and (journal.parent / "config.yaml").is_file():
             return journal.parent
     raise CheckpointError(
         f"{key}={reference}: there is no such run. Give the folder of a run, which holds its config.yaml,\n"

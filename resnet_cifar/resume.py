@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from resnet_cifar import schema
-from resnet_cifar.compose import outputs
-from resnet_cifar.errors import ConfigError
+from resnet_cifar.compose import outputs, quoted
+from resnet_cifar.errors import CheckpointError, ConfigError
 from resnet_cifar.loop import Progress, Training
 from resnet_cifar.recording import STATUS, Invocation, find_run, run_id
+
+HYDRA = Path(".hydra", "hydra.yaml")  # in a run's folder: how Hydra was called
 
 
 def command_line(argv: list[str]) -> list[str] | None:
@@ -27,17 +31,28 @@ def command_line(argv: list[str]) -> list[str] | None:
         beside = " ".join(argument for argument in argv if argument != given)
         raise ConfigError(f"A run is resumed with its own configuration: leave out {beside}")
     folder = find_run(given.partition("=")[2], Path(outputs()), "resume")
+    if not (folder / HYDRA).is_file():
+        raise CheckpointError(f"{folder} is no run's own folder: there is no {HYDRA} in it. Give that, or the run's id")
     if (folder / STATUS).exists() and (folder / STATUS).read_text().startswith("FINISHED"):
         return None
-    quoted = "'" + str(folder).replace("'", "\\'") + "'"
-    return [f"resume={quoted}", f"hydra.run.dir={quoted}", "hydra.output_subdir=null"]
+    return [f"resume={quoted(folder)}", f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
 
 
 def saved_run(folder: Path) -> tuple[DictConfig, Invocation]:
-    """The configuration a run started with, checked as if it were given now, and how it was asked for."""
-    cfg = OmegaConf.load(folder / "config.yaml")
-    schema.check(cfg)
-    hydra = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra
+    """The configuration a run started with, checked as if it were given now, and how it was asked for.
+
+    Raises:
+        CheckpointError: one of its files cannot be read, or its values are no longer allowed.
+    """
+    try:
+        cfg = OmegaConf.load(folder / "config.yaml")
+        schema.check(cfg)
+        hydra = OmegaConf.load(folder / HYDRA).hydra
+    except (ConfigError, OmegaConfBaseException, YAMLError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"The run in {folder} cannot go on, its configuration cannot be used: {reason}"
+        ) from error
     invocation = Invocation(
         folder=folder,
         overrides=tuple(OmegaConf.to_container(hydra.overrides.task, resolve=False)),

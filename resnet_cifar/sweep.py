@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from resnet_cifar.compose import Composition
+from resnet_cifar.compose import Composition, quoted
 from resnet_cifar.errors import ConfigError, StorageError, UserError
 from resnet_cifar.fingerprint import config_hash
 
@@ -96,7 +96,7 @@ def prepare(argv: Sequence[str], composition: Composition) -> list[str]:
     if plan.jobs:
         print(heading(plan, estimated), flush=True)
     place = _end_of_settings(argv)
-    return [*argv[:place], f"hydra.sweep.dir='{sweep.folder}'", *argv[place:]]
+    return [*argv[:place], f"hydra.sweep.dir={quoted(sweep.folder)}", *argv[place:]]
 
 
 def _plan(argv: Sequence[str], composition: Composition, finished: dict[str, Path]) -> Plan:
@@ -257,8 +257,14 @@ def is_stopped(folder: Path, cfg: DictConfig) -> bool:
         return False
     if not (folder / ".hydra" / "hydra.yaml").exists() or not (folder / "config.yaml").exists():
         return False
-    before = OmegaConf.load(folder / "config.yaml")
-    return (before.tracking.uri, before.tracking.experiment) == (cfg.tracking.uri, cfg.tracking.experiment)
+    before = OmegaConf.load(folder / "config.yaml").tracking
+    return holds(folder, cfg) and (before.uri, before.experiment) == (cfg.tracking.uri, cfg.tracking.experiment)
+
+
+def holds(folder: Path, cfg: DictConfig) -> bool:
+    """Whether the run in the folder is of this configuration: a folder given by hand can hold another sweep's."""
+    path = folder / "config.yaml"
+    return path.exists() and config_hash(OmegaConf.load(path)) == config_hash(cfg)
 
 
 def _holds_a_run(folder: Path) -> bool:

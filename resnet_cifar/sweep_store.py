@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
@@ -17,7 +18,7 @@ from resnet_cifar.errors import StorageError
 from resnet_cifar.fingerprint import config_hash, source_hash
 from resnet_cifar.progress import LOCAL_SERVER, shown_uri
 from resnet_cifar.store_errors import user_errors
-from resnet_cifar.sweep import SKIP, status
+from resnet_cifar.sweep import SKIP, holds, status
 from resnet_cifar.sync import sync_all
 from resnet_cifar.tracked_run import NoRun, run_page
 
@@ -42,8 +43,10 @@ def finished_runs(settings: DictConfig, composition: Composition) -> dict[str, P
     """
     hashes = [config_hash(cfg) for cfg, _ in composition.jobs]
     if settings.tracking.uri is None:
-        folders = dict(zip(hashes, composition.sweep.job_folders, strict=False))
-        return {key: folder for key, folder in folders.items() if status(folder)[0] == "FINISHED"}
+        there = zip(hashes, composition.jobs, composition.sweep.job_folders, strict=False)
+        return {
+            key: folder for key, (cfg, _), folder in there if status(folder)[0] == "FINISHED" and holds(folder, cfg)
+        }
     if composition.sweep.folder.exists() and not settings.sweep.dry_run:
         try:
             sync_all(composition.sweep.folder)
@@ -82,8 +85,9 @@ def _runs(settings: DictConfig, matching: str) -> Iterator["MlflowRun"]:
 def _files(run: "MlflowRun", settings: DictConfig, sweep_folder: Path) -> Path:
     """The folder with a run's files: its own, the store's, or for a run of another machine a copy from the store."""
     own = Path(run.data.tags.get("process.folder", "/nowhere"))
-    kept = local_folder(run.info.artifact_uri)
-    for folder in (own, kept):
+    if recording.run_id(own) != run.info.run_id:  # set aside since, for a run that is in its place
+        own = None
+    for folder in (own, local_folder(run.info.artifact_uri)):
         if folder is not None and (folder / "config.yaml").exists():  # only a training has a history
             return folder
     copy = sweep_folder / COPIES / run.info.run_id
@@ -191,5 +195,5 @@ def where_to_look(uri: str, summary: NoRun, run_ids: Sequence[str]) -> list[str]
     server = uri.rstrip("/") if is_server else LOCAL_SERVER
     page = run_page(server, summary.experiment_id, summary.run_id)
     compare = f"{server}/#/compare-runs?runs={runs}&experiments={experiments}&workflowType=machine_learning"
-    serve = [] if is_server else [f"MLflow   mlflow ui --backend-store-uri {shown_uri(uri)}"]
+    serve = [] if is_server else [f"MLflow   mlflow ui --backend-store-uri {shlex.quote(shown_uri(uri))}"]
     return [*serve, f"summary  {page}", f"compare  {compare}"]

@@ -69,10 +69,9 @@ def draw(folder: Path, found: Sequence[Result], metric: str) -> None:
     finished = [result for result in found if score(result, metric) is not None]
     if not finished:
         return
-    for key in [key for key in finished[0].values if key != SEED]:
-        save_figure(
-            folder, f"accuracy_against_{key.rpartition('.')[2]}", lambda key=key: _against(key, finished, metric)
-        )
+    for key, name in short_names(list(finished[0].values)).items():
+        if key != SEED:
+            save_figure(folder, f"accuracy_against_{name}", lambda key=key: _against(key, finished, metric))
     points = ranked_points([result for result in finished if result.history], metric)
     if not points:  # a sweep of evaluations: no training, no curves, and the pictures are in the runs' own figures
         return

@@ -125,7 +125,7 @@ class Store:
     def url(self, experiment_id: str, run_id: str) -> str:
         """Where to look at a run: its page on a server, or the command that serves a database."""
         if not self._is_server:
-            return f"mlflow ui --backend-store-uri {self.uri}"
+            return f"mlflow ui --backend-store-uri {shlex.quote(self.uri)}"
         return run_page(self.uri.rstrip("/"), experiment_id, run_id)
 
     @contextmanager

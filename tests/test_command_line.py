@@ -84,6 +84,7 @@ def assert_short(message):
         ("seed=1 -m trainer.epochs=2", "write trainer.epochs=2"),
         ("seed", "cannot read seed: settings are written key=value"),
         ("seed=[1", "cannot read seed=[1"),
+        ("output_dir=~/Ü", "shell's and Hydra's: 'output_dir='\"'\"'~/Ü'\"'\"''"),
         ("hydra/launcher=nothing", "hydra/launcher=nothing: choose from"),
         ("--config-dir /nowhere", "/nowhere"),
         ("--multirun --cfg job", "only one of"),
@@ -95,7 +96,7 @@ def assert_short(message):
         ("-m seed=0 trainer.epochs=range(0,2)", "trainer.epochs=0"),
         ("-m optimizer=adam,sdg", "choose from adam, adamw, muon, sgd"),
         ("-m seed=interval(0,1)", "INTERVAL_SWEEP"),
-        ("sweep.dry_run=true", "give it with -m"),
+        ("sweep.dry_run=True", "give it with -m"),
         ("sweep.rerun=all", "give it with -m"),
     ],
 )
@@ -113,6 +114,13 @@ def test_a_password_in_a_line_that_cannot_be_read_is_not_printed(command):
     code, _, err = command("tracking.uri=[postgresql://me:s3cr3t@host/db")
     assert code == 2
     assert "s3cr3t" not in err
+
+
+def test_a_preset_of_the_users_own_needs_no_comment(monkeypatch, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 1\n")
+    monkeypatch.setattr(compose, "CONF", tmp_path)
+    assert compose.presets() == "  mine"
 
 
 @pytest.mark.parametrize(

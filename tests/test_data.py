@@ -22,7 +22,7 @@ from resnet_cifar.data import (
     subset,
     training_batches,
 )
-from resnet_cifar.errors import ConfigError
+from resnet_cifar.errors import ConfigError, DataError
 
 
 def numbered(n=100):
@@ -59,6 +59,16 @@ def test_pixels_in_any_order_of_memory_become_channels_last():
     images = as_images(SimpleNamespace(data=blue_first, targets=[0, 1], classes=("a", "b"))).images
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert np.array_equal(images.permute(0, 2, 3, 1), blue_first)
+
+
+def test_pixels_of_another_shape_or_type_are_refused():
+    for pixels in (np.zeros((2, 28, 28), dtype=np.uint8), np.zeros((2, 32, 32, 3))):
+        with pytest.raises(DataError, match=r"should be \(N, H, W, C\) uint8"):
+            as_images(SimpleNamespace(data=pixels, targets=[0, 1], classes=("a", "b")))
+
+
+def test_a_data_set_that_needs_no_files_is_not_to_be_deleted():
+    assert "Delete" not in str(dataset_error(RuntimeError("x"), None))
 
 
 def test_labels_of_any_integer_type_become_int64():

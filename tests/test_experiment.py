@@ -4,6 +4,7 @@ import csv
 import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 
 import mlflow
@@ -23,7 +24,7 @@ from processes import (
     terminated_at_the_curves,
 )
 
-from resnet_cifar import checkpoint, schema, tracking
+from resnet_cifar import checkpoint, provenance, schema, tracking
 from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.errors import CheckpointError
 from resnet_cifar.evaluation import with_checkpoint
@@ -430,6 +431,26 @@ def test_a_corrupt_data_set_ends_with_3(commands, tmp_path):
 def test_what_cannot_work_is_said_before_any_work(commands, tmp_path, arguments, code, part):
     given, output = bad(commands, tmp_path, *arguments)
     assert (given, part in output) == (code, True), output
+
+
+def test_a_package_installed_inside_another_projects_checkout_has_no_commit(monkeypatch, tmp_path):
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    here = ["-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x"]
+    subprocess.run(["git", *here, "commit", "--quiet", "--allow-empty", "-m", "x"], check=True)
+    for folder, known in {
+        "resnet_cifar": {"git_commit", "git_dirty"},
+        ".venv/site-packages/resnet_cifar": set(),
+    }.items():
+        (tmp_path / folder).mkdir(parents=True)
+        monkeypatch.setattr(provenance, "__file__", str(tmp_path / folder / "provenance.py"))
+        assert set(provenance._git()) == known
+
+
+def test_a_folder_that_holds_a_run_takes_no_second_one(trained, start):
+    before = {name: (trained.folder / name).read_bytes() for name in ("config.yaml", "history.csv")}
+    again = start(f"hydra.run.dir={trained.folder}", "seed=1", base=trained, CANARY="x")
+    assert again.code == 5 and "holds a run already" in again.output
+    assert before == {name: (trained.folder / name).read_bytes() for name in before}
 
 
 def test_a_checkpoint_of_another_model_ends_with_4(trained, commands, tmp_path):

@@ -2,6 +2,8 @@
 
 import gc
 import logging
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,6 +174,11 @@ def test_pictures_come_sorted_square_and_in_rgb_and_other_files_are_named_and_sk
     assert (pictures[0] == 128).all()
     assert pictures[1, :, 16, 16].tolist() == [255, 0, 0]
     assert "notes.txt" in caplog.text
+
+
+def test_a_name_of_any_bytes_is_a_text(tmp_path):
+    Image.new("RGB", (4, 4)).save(Path(os.fsdecode(os.fsencode(tmp_path) + b"/gr\xfcn.png")), format="png")
+    assert load_pictures(tmp_path, size=32)[0] == ["gr\ufffdn.png"]
 
 
 def test_transparency_is_white(tmp_path):

@@ -144,9 +144,10 @@ def test_pictures_without_labels_carry_their_names():
         (8, 8),
         "predicted",
         "Own",
-        ["me.jpg"],
+        ["$me_$2_.jpg"],
     )
-    assert figure.axes[0].get_title("center") == "me.jpg\npredicted: bird (50.0%)"
+    assert figure.axes[0].get_title("center") == "$me_$2_.jpg\npredicted: bird (50.0%)"
+    figure.canvas.draw()  # as mathematics the name could not be
 
 
 def test_loss_and_accuracy_name_the_final_and_the_best_accuracy():

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord
-from resnet_cifar.progress import ProgressDisplay, shown, where_to_look
+from resnet_cifar.progress import ProgressDisplay, setting, shown, where_to_look
 from resnet_cifar.tracked_run import NoRun
 
 
@@ -155,6 +156,21 @@ def test_a_run_that_is_not_tracked_has_no_link_and_one_that_trained_nothing_no_n
         "folder",
         "figures",
     ]
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "typed"),
+    [
+        ("checkpoint", "run", "checkpoint=run"),
+        ("checkpoint", "my run", "'checkpoint=my run'"),
+        ("checkpoint", "Ü", "\"checkpoint='Ü'\""),
+        ("resume", "Ü", "resume=Ü"),
+        ("resume", "my run", "'resume=my run'"),
+    ],
+)
+def test_a_path_is_shown_as_shell_and_hydra_take_it(monkeypatch, tmp_path, key, name, typed):
+    monkeypatch.chdir(tmp_path)
+    assert shlex.split(setting(key, tmp_path / name)) == shlex.split(typed)
 
 
 def test_a_folder_elsewhere_is_shown_whole(monkeypatch, tmp_path):

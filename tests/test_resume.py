@@ -19,6 +19,7 @@ from processes import (
 )
 
 from resnet_cifar import checkpoint, recording, resume, tracking
+from resnet_cifar.errors import CheckpointError
 from resnet_cifar.loop import Progress
 from resnet_cifar.report import read_csv
 
@@ -231,6 +232,22 @@ def test_an_unknown_run_is_refused(start, reference):
     command = start(reference)
     assert command.ends() == 4
     assert "there is no such run" in command.output and len(command.output.splitlines()) <= 3
+
+
+def test_files_of_a_run_that_are_not_its_own_folder_are_refused_and_left_alone(start, tmp_path):
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts" / "config.yaml").write_text("seed: 0\n")
+    command = start(f"resume={tmp_path / 'artifacts'}")
+    assert command.ends() == 4
+    assert "is no run's own folder" in command.output
+    assert [path.name for path in (tmp_path / "artifacts").iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("text", ["seed: [", "seed: 0\n", "seed: ${nowhere}\n"])
+def test_a_run_whose_configuration_is_damaged_cannot_go_on(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match="its configuration cannot be used"):
+        resume.saved_run(tmp_path)
 
 
 def test_a_run_is_found_by_its_mlflow_id(uninterrupted):

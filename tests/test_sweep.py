@@ -3,14 +3,17 @@
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 from processes import after_steps, signals, some_seeds_fail
 from sweep_results import SWEEP, assert_one_run_for_each_seed, assert_seeds_1_and_2_failed, runs
 
 from resnet_cifar import leaderboard, sweep, sweep_figures, sweep_store, sweep_summary
-from resnet_cifar.compose import compose, parse_arguments
+from resnet_cifar.compose import compose, parse_arguments, quoted
 from resnet_cifar.fingerprint import config_hash
 from resnet_cifar.leaderboard import Result
 from resnet_cifar.tracked_run import NoRun
@@ -85,6 +88,55 @@ def test_other_jobs_make_another_sweep():
 def test_a_single_run_and_the_same_job_of_a_sweep_have_one_hash():
     [(single, _)] = compose(parse_arguments(["data=digits", "seed=1"])).jobs
     assert config_hash(single) == config_hash(composed("seed=0,1").jobs[1][0])
+
+
+def test_another_checkpoint_under_the_same_path_makes_another_run(tmp_path):
+    path = tmp_path / "last.pt"
+    hashes = set()
+    for end in ("0" * 64, "1" * 64):
+        path.write_text(f"weights sha256:{end}")
+        hashes |= {
+            config_hash(composed("task=evaluate", f"checkpoint={given}").jobs[0][0]) for given in (path, tmp_path)
+        }
+    assert len(hashes) == 4
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A folder with a finished run of seed 0, and the configurations of seeds 0 and 1."""
+    (of_0, _), (of_1, _) = composed("seed=0,1", "tracking=none", f"hydra.sweep.dir={tmp_path}").jobs
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "config.yaml").write_text(OmegaConf.to_yaml(of_0))
+    (tmp_path / "0" / "status.txt").write_text("FINISHED\n")
+    return tmp_path / "0", of_0, of_1
+
+
+def test_a_folder_given_by_hand_with_another_sweeps_runs_is_not_taken_for_this_ones(finished):
+    folder, of_0, of_1 = finished
+    for seeds, found in {"0,1": {config_hash(of_0): folder}, "1,2": {}}.items():
+        composition = composed(f"seed={seeds}", "tracking=none", f"hydra.sweep.dir={folder.parent}")
+        assert sweep_store.finished_runs(of_0, composition) == found
+    (folder / "status.txt").write_text("KILLED\n")
+    (folder / ".hydra").mkdir()
+    (folder / ".hydra" / "hydra.yaml").touch()
+    assert sweep.is_stopped(folder, of_0) and not sweep.is_stopped(folder, of_1)
+
+
+def test_a_run_that_was_set_aside_is_not_looked_for_in_the_folder_of_its_successor(finished, tmp_path):
+    folder, settings, _ = finished
+    (folder / "tracking.jsonl").write_text('{"n": 1, "run": "successor"}\n')
+    kept = tmp_path / "set_aside" / "artifacts"
+    kept.mkdir(parents=True)
+    (kept / "config.yaml").touch()
+    for run_id, found in {"successor": folder, "set_aside": kept}.items():
+        info = SimpleNamespace(run_id=run_id, artifact_uri=kept.as_uri())
+        run = SimpleNamespace(info=info, data=SimpleNamespace(tags={"process.folder": str(folder)}))
+        assert sweep_store._files(run, settings, tmp_path) == found
+
+
+def test_a_path_with_an_apostrophe_is_one_value_for_hydra():
+    path = "/home/O'Brien/Ü (2)/it's"
+    assert OverridesParser.create().parse_override(f"hydra.sweep.dir={quoted(path)}").value() == path
 
 
 def test_jobs_are_named_by_what_they_varied():
