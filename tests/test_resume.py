@@ -268,6 +268,7 @@ def test_a_torn_journal_hides_no_other_run(tmp_path):
     for name, journal in {"torn": '{"n": 1, "run": "ab\n', "whole": '{"n": 1, "ru\n{"n": 2, "run": "beef"}\n'}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "tracking.jsonl").write_text(journal)
+        (tmp_path / name / "config.yaml").touch()
     assert recording.find_run("beef", tmp_path, "resume") == tmp_path / "whole"
     assert recording.run_id(tmp_path / "torn") is None and recording.run_id(tmp_path) is None
 
