@@ -50,6 +50,8 @@ FILES = {
 EPOCH_METRICS = {"train/loss", "train/accuracy", "test/loss", "test/accuracy", "schedule/lr"}
 SPEED = {"speed/images_per_second", "speed/epoch_seconds"}
 CANARY = "canary-7f3a9c"
+REFLECTED = "{_target_:resnet_cifar.augment.RandomCrop,size:32,padding:4,padding_mode:reflect}"
+SMALL_FIRST = "{_target_:resnet_cifar.augment.ProgressiveResize,first:16,epochs:2}"
 
 
 class Run:
@@ -346,7 +348,7 @@ def test_held_out_images_are_looked_at_each_epoch_and_the_test_once(start):
 
 def test_the_ingredients_of_more_accurate_trainings_work_together(start):
     ingredients = (
-        *("optimizer=sgd", "scheduler.max_lr=0.05", "augmentation=alternating"),
+        *("optimizer=sgd", "scheduler.max_lr=0.05", f"augmentation.transforms=[{REFLECTED},{SMALL_FIRST}]"),
         *("trainer.label_smoothing=0.1", "trainer.ema_decay=0.5", "trainer.flip_tta=true", "model.logit_scale=0.125"),
         *("param_groups.norm_bias_lr_factor=4", "param_groups.decay_norm_and_bias=false", "trainer.precision=fp32"),
     )
