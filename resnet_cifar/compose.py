@@ -37,6 +37,7 @@ INSTALLED = (PACKAGE / "conf").is_dir()
 CONF = PACKAGE / "conf" if INSTALLED else PACKAGE.parent / "conf"
 # The plugins' launchers behind our presets, and the extra that installs each.
 LAUNCHER_EXTRAS = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "cluster"}
+HYDRA_FILE = Path(".hydra", "hydra.yaml")  # in a run's folder: how Hydra was called
 SWEEP_ID = "SWEEP_ID"  # in hydra.sweep.dir it stands for the hash that is known when all jobs are
 
 

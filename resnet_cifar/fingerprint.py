@@ -36,6 +36,7 @@ def config_hash(cfg: DictConfig) -> str:
 
 def _end_of_checkpoint(path: Path) -> str:
     """The SHA-256 in which the checkpoint file or a run's last checkpoint ends; empty where `path` is none, but a run's id."""
+    # checkpoint.py looks in the same places, but imports torch.
     for file in (path, path / "last.pt", path / "checkpoints" / "last.pt"):
         if file.is_file():
             with file.open("rb") as opened:

@@ -35,9 +35,9 @@ def device_name(device: torch.device) -> str:
 def _git() -> dict[str, str]:
     checkout = Path(__file__).resolve().parent.parent
     try:
-        if Path(_run_git(checkout, "rev-parse", "--show-toplevel")) != checkout:
+        root, commit = _run_git(checkout, "rev-parse", "--show-toplevel", "HEAD").splitlines()
+        if Path(root) != checkout:
             return {}  # installed somewhere inside another project's checkout
-        commit = _run_git(checkout, "rev-parse", "HEAD")
         dirty = bool(_run_git(checkout, "status", "--porcelain", "--", "resnet_cifar", "conf", "run.py"))
     except (OSError, subprocess.SubprocessError):
         return {}

@@ -11,12 +11,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from resnet_cifar import schema
-from resnet_cifar.compose import outputs, quoted
+from resnet_cifar.compose import HYDRA_FILE, outputs, quoted
 from resnet_cifar.errors import CheckpointError, ConfigError
 from resnet_cifar.loop import Progress, Training
 from resnet_cifar.recording import STATUS, Invocation, find_run, run_id
-
-HYDRA = Path(".hydra", "hydra.yaml")  # in a run's folder: how Hydra was called
 
 
 def command_line(argv: list[str]) -> list[str] | None:
@@ -31,8 +29,10 @@ def command_line(argv: list[str]) -> list[str] | None:
         beside = " ".join(argument for argument in argv if argument != given)
         raise ConfigError(f"A run is resumed with its own configuration: leave out {beside}")
     folder = find_run(given.partition("=")[2], Path(outputs()), "resume")
-    if not (folder / HYDRA).is_file():
-        raise CheckpointError(f"{folder} is no run's own folder: there is no {HYDRA} in it. Give that, or the run's id")
+    if not (folder / HYDRA_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} is no run's own folder: there is no {HYDRA_FILE} in it. Give that, or the run's id"
+        )
     if (folder / STATUS).exists() and (folder / STATUS).read_text().startswith("FINISHED"):
         return None
     return [f"resume={quoted(folder)}", f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
@@ -47,7 +47,7 @@ def saved_run(folder: Path) -> tuple[DictConfig, Invocation]:
     try:
         cfg = OmegaConf.load(folder / "config.yaml")
         schema.check(cfg)
-        hydra = OmegaConf.load(folder / HYDRA).hydra
+        hydra = OmegaConf.load(folder / HYDRA_FILE).hydra
     except (ConfigError, OmegaConfBaseException, YAMLError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(

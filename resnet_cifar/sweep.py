@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from resnet_cifar.compose import Composition, quoted
+from resnet_cifar.compose import HYDRA_FILE, Composition, quoted
 from resnet_cifar.errors import ConfigError, StorageError, UserError
 from resnet_cifar.fingerprint import config_hash
 
@@ -255,16 +255,17 @@ def is_stopped(folder: Path, cfg: DictConfig) -> bool:
     """Whether the folder holds this job, stopped on the way, and tracked where it would be tracked now."""
     if status(folder)[0] in ("FINISHED", "FAILED"):
         return False
-    if not (folder / ".hydra" / "hydra.yaml").exists() or not (folder / "config.yaml").exists():
+    before = configuration(folder)
+    if before is None or not (folder / HYDRA_FILE).exists():
         return False
-    before = OmegaConf.load(folder / "config.yaml").tracking
-    return holds(folder, cfg) and (before.uri, before.experiment) == (cfg.tracking.uri, cfg.tracking.experiment)
+    tracked_alike = (before.tracking.uri, before.tracking.experiment) == (cfg.tracking.uri, cfg.tracking.experiment)
+    return tracked_alike and config_hash(before) == config_hash(cfg)
 
 
-def holds(folder: Path, cfg: DictConfig) -> bool:
-    """Whether the run in the folder is of this configuration: a folder given by hand can hold another sweep's."""
+def configuration(folder: Path) -> DictConfig | None:
+    """The configuration of the run in the folder, if there is one: a folder given by hand can hold another sweep's."""
     path = folder / "config.yaml"
-    return path.exists() and config_hash(OmegaConf.load(path)) == config_hash(cfg)
+    return OmegaConf.load(path) if path.exists() else None
 
 
 def _holds_a_run(folder: Path) -> bool:

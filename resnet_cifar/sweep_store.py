@@ -18,7 +18,7 @@ from resnet_cifar.errors import StorageError
 from resnet_cifar.fingerprint import config_hash, source_hash
 from resnet_cifar.progress import LOCAL_SERVER, shown_uri
 from resnet_cifar.store_errors import user_errors
-from resnet_cifar.sweep import SKIP, holds, status
+from resnet_cifar.sweep import SKIP, configuration, status
 from resnet_cifar.sync import sync_all
 from resnet_cifar.tracked_run import NoRun, run_page
 
@@ -43,10 +43,8 @@ def finished_runs(settings: DictConfig, composition: Composition) -> dict[str, P
     """
     hashes = [config_hash(cfg) for cfg, _ in composition.jobs]
     if settings.tracking.uri is None:
-        there = zip(hashes, composition.jobs, composition.sweep.job_folders, strict=False)
-        return {
-            key: folder for key, (cfg, _), folder in there if status(folder)[0] == "FINISHED" and holds(folder, cfg)
-        }
+        there = zip(hashes, composition.sweep.job_folders, strict=False)
+        return {key: folder for key, folder in there if status(folder)[0] == "FINISHED" and _holds(folder, key)}
     if composition.sweep.folder.exists() and not settings.sweep.dry_run:
         try:
             sync_all(composition.sweep.folder)
@@ -58,6 +56,11 @@ def finished_runs(settings: DictConfig, composition: Composition) -> dict[str, P
         if key in hashes and key not in found:
             found[key] = _files(run, settings, composition.sweep.folder)
     return found
+
+
+def _holds(folder: Path, key: str) -> bool:
+    cfg = configuration(folder)
+    return cfg is not None and config_hash(cfg) == key
 
 
 def _runs(settings: DictConfig, matching: str) -> Iterator["MlflowRun"]:

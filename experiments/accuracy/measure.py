@@ -100,7 +100,7 @@ def report(study: str, first: str) -> None:
         pairs = [accuracy - accuracies[first, seed] for seed, accuracy in mine.items() if (first, seed) in accuracies]
         shown = {key: row[key] for key in ("row", metric, "deviation", "runs")}
         flipped = [entry["accuracy_flip_tta"] for entry in entries if entry["row"] == row["row"]]
-        if flipped and all(flipped):
+        if all(flipped):
             shown["with flip TTA"] = f"{mean(map(float, flipped)):.2f}%"
         table.append({**shown, "difference": with_standard_error(pairs)})
     print(leaderboard.markdown(table))
