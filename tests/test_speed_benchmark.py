@@ -19,20 +19,29 @@ def benchmark():
     sys.path.remove(str(ROOT / "experiments" / "speed"))
 
 
-def measurements(benchmark, **rates):
-    rows = [benchmark.row("step", side, rate, "images/s", "", 0.125) for side, each in rates.items() for rate in each]
-    return [{"machine": "this", **row} for row in rows]
+def measurements(benchmark, machine="this", code="now", width=0.125, **rates):
+    rows = [benchmark.row("step", side, rate, "images/s", "", width) for side, each in rates.items() for rate in each]
+    return [{"machine": machine, "code": code, **row} for row in rows]
 
 
 def test_the_table_has_medians_spread_and_our_median_over_theirs(benchmark, tmp_path):
     path = tmp_path / "results.csv"
     benchmark.append_csv(path, measurements(benchmark, ours=[90, 120, 100], assignment=[20, 30]))
     benchmark.append_csv(path, measurements(benchmark, assignment=[25]))  # a later call adds to the first
-    benchmark.append_csv(path, [{"machine": "another", **benchmark.row("step", "ours", 1e6, "images/s", "", 0.125)}])
+    benchmark.append_csv(path, measurements(benchmark, machine="another", ours=[1e6]))
     table = benchmark.step_table(benchmark.measured(path, "this"))
     assert "| 0.125 | (a) our training path | 100.0 (90.0 - 120.0, 3) | 1.00 |  |" in table
     assert "| 0.125 | (b) the assignment's loop | 25.0 (20.0 - 30.0, 3) | 4.00 |  |" in table
     assert len(table) == 4
+
+
+def test_measurements_of_older_code_give_way_to_those_of_the_last(benchmark, tmp_path):
+    path = tmp_path / "results.csv"
+    benchmark.append_csv(path, measurements(benchmark, code="before", ours=[50, 60], assignment=[20]))
+    benchmark.append_csv(path, measurements(benchmark, code="before", width=1.0, ours=[7]))
+    benchmark.append_csv(path, measurements(benchmark, ours=[100]))
+    measured = {key: benchmark.median(entries) for key, entries in benchmark.measured(path, "this").items()}
+    assert measured == {("step", "0.125", "ours"): 100, ("step", "1.0", "ours"): 7}
 
 
 def test_the_flop_of_the_whole_network_are_the_assignments(benchmark):

@@ -1,7 +1,7 @@
 """How fast we train, against the assignment's loop, PyTorch Lightning and the machine's limits, in one go.
 
-Every part adds its measurements to results.csv; the tables and the plot are made of all that is there, as medians. To
-start anew, delete the file. What is measured and how: README.md beside this file.
+Every part adds its measurements to results.csv as they come. The tables and the plot are medians over all of them that are
+of the same code: of each part and width, that of the last. What is measured and how: README.md beside this file.
 
     python experiments/speed/benchmark.py --data-root ../shared/data
     python experiments/speed/benchmark.py --data-root ../shared/data --only step --widths 0.125 --repeats 1
@@ -9,6 +9,7 @@ start anew, delete the file. What is measured and how: README.md beside this fil
 
 import argparse
 import csv
+import hashlib
 import importlib.util
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ import data_path
 import run_around
 
 from resnet_cifar.errors import StorageError
+from resnet_cifar.fingerprint import source_hash
 from resnet_cifar.parts import choose_device, choose_precision
 from resnet_cifar.report import append_csv
 
@@ -54,6 +56,8 @@ NAMES = {
 }
 # Steps by width, of which the first are not counted: about as long for each width on 2 cores.
 STEPS = {0.125: (65, 10), 0.5: (9, 2), 1.0: (4, 1)}
+# On a GPU a step takes milliseconds: as many as use up what the loaders have ready, and more than its clock's start takes.
+STEPS_ON_GPU = (300, 50)
 BARE = ("bare_step", "bare_step_kept_memory")
 # What ours should be divided by the side, at least, by the precision that the processor's instructions give.
 TARGETS = {
@@ -107,15 +111,20 @@ def processor() -> str:
     return ", ".join(f"{key} {fields[key]}" for key in ("Model name", "CPU family", "Model") if key in fields)
 
 
-def training_steps(arguments: argparse.Namespace, device: torch.device, precision: str) -> list[dict]:
+def code() -> str:
+    """A hash of all that is measured here: the package's source and the modules beside this file."""
+    own = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.py")))
+    return hashlib.sha256(source_hash().encode() + own).hexdigest()[:12]
+
+
+def training_steps(arguments: argparse.Namespace, device: torch.device, precision: str) -> Iterator[dict]:
     """A row for each side and repeat: one repeat is all sides one after another, so that what disturbs one disturbs all."""
-    rows = []
     sides = [side for side in SIDES if "lightning" not in side or has_lightning()]
     for width in arguments.widths:
-        steps, warmup = STEPS.get(width, (12, 2))
+        steps, warmup = STEPS_ON_GPU if device.type == "cuda" else STEPS.get(width, (12, 2))
         steps = arguments.steps or steps
         setting = competitors.Setting(
-            *(width, steps, min(warmup, steps - 1), arguments.data_root, device, precision, arguments.batch_size)
+            width, steps, min(warmup, steps - 1), arguments.data_root, device, precision
         )
         for repeat in range(arguments.repeats):
             rates = {side: new_process(competitors.training_rate, SIDES[side], setting) for side in sides}
@@ -124,8 +133,7 @@ def training_steps(arguments: argparse.Namespace, device: torch.device, precisio
             targets = TARGETS[precision] if device.type == "cpu" else {}
             for side, rate in rates.items():
                 target = targets.get((side, width), "")
-                rows.append(row("step", side, rate, "images/s", target and f"ours / this >= {target}", width))
-    return rows
+                yield row("step", side, rate, "images/s", target and f"ours / this >= {target}", width)
 
 
 def new_process(work: Callable, *arguments: Any) -> Any:
@@ -143,19 +151,21 @@ def has_lightning() -> bool:
 
 
 def row(part: str, item: str, value: float, unit: str, target: str = "", width: float | str = "") -> dict:
-    """One measurement, without its machine."""
+    """One measurement, without its machine and code."""
     return {"part": part, "item": item, "width": width, "value": value, "unit": unit, "target": target}
 
 
 def measured(path: Path, on: str) -> dict[tuple[str, str, str], list[dict]]:
-    """The measurements of one machine by part, width and item, in the order in which they were first made."""
+    """The measurements of one machine by part, width and item, of each part and width those of the code measured last."""
     groups: dict[tuple[str, str, str], list[dict]] = {}
     if not path.exists():
         return groups
     with path.open(newline="") as file:
-        for entry in csv.DictReader(file):
-            if entry["machine"] == on:
-                groups.setdefault((entry["part"], entry["width"], entry["item"]), []).append(entry)
+        entries = [entry for entry in csv.DictReader(file) if entry["machine"] == on]
+    last = {(entry["part"], entry["width"]): entry["code"] for entry in entries}
+    for entry in entries:
+        if entry["code"] == last[entry["part"], entry["width"]]:
+            groups.setdefault((entry["part"], entry["width"], entry["item"]), []).append(entry)
     return groups
 
 
@@ -237,7 +247,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--steps", type=step_count, help="a repeat's optimizer steps, warm-up included (default: by width)"
     )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--data-root", default="data", help="the folder that holds cifar-10-batches-py")
     parser.add_argument("--output", type=Path, default=FOLDER, help="the folder of results.csv and the plot")
@@ -251,23 +260,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     precision = choose_precision("auto", device)
     on, results = machine(device, precision), arguments.output / "results.csv"
     print(on)
+    of = {"machine": on, "code": code()}
     measurements = {
         "step": lambda: training_steps(arguments, device, precision),
-        "data": lambda: [row("data", *entry) for entry in data_path.measure(arguments.data_root, arguments.repeats)],
-        "run": lambda: [row("run", *entry) for entry in run_around.measure(arguments.data_root, arguments.repeats)],
-        "cost": lambda: [
+        "data": lambda: (row("data", *entry) for entry in data_path.measure(arguments.data_root, arguments.repeats)),
+        "run": lambda: (row("run", *entry) for entry in run_around.measure(arguments.data_root, arguments.repeats)),
+        "cost": lambda: (
             row("cost", *entry)
             for entry in cost.measure(
                 new_process,
                 competitors.Setting(cost.WIDTH, 0, 0, arguments.data_root, device, precision),
                 arguments.repeats,
             )
-        ],
+        ),
     }
     for part, measure in measurements.items():
-        rows = [{"machine": on, **entry} for entry in measure()] if arguments.only in (None, part) else []
-        if rows and not append_csv(results, rows):
-            sys.exit(StorageError.exit_code)
+        for entry in measure() if arguments.only in (None, part) else ():
+            if not append_csv(results, [{**of, **entry}]):
+                sys.exit(StorageError.exit_code)
     groups = measured(results, on)
     print("", *step_table(groups), sep="\n")
     for part in ("data", "run", "cost"):

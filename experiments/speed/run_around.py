@@ -1,6 +1,6 @@
 """The run around the training, by part: from the times at which a real `run.py` writes its files.
 
-One epoch of a few thousand images at width 0.125, so that hardly anything but the run's own cost is left.
+One epoch of a single step at width 0.125, so that hardly anything but the run's own cost is left.
 """
 
 import os
@@ -17,14 +17,14 @@ from resnet_cifar.report import read_csv
 
 Entry = tuple[str, float, str, str]  # what, value, unit, target
 ROOT = Path(__file__).resolve().parents[2]
-IMAGES, BATCH = 5120, 512
+BATCH = 512
 FIGURES = ("loss_and_accuracy", "lr_history", "confusion_matrix", "misclassified_images")
 
 
 def measure(data_root: str, repeats: int) -> Iterator[Entry]:
     """Seconds of each part of a run, `repeats` times; a run with a new database comes first and is not counted."""
-    small = (f"data.root={Path(data_root).resolve()}", "model.width=0.125", "trainer.epochs=1", "scheduler.max_lr=0.01")
-    arguments = [*small, f"data.train_size={IMAGES}", f"data.batch_size={BATCH}"]
+    small = (f"data.root={Path(data_root).resolve()}", "model.width=0.125", "trainer.epochs=1", "scheduler=constant")
+    arguments = [*small, f"data.train_size={BATCH}", f"data.batch_size={BATCH}"]
     with tempfile.TemporaryDirectory() as folder:
         arguments.append(f"output_dir={folder}")
         yield "first run, with a new MLflow database, in all", run(arguments), "s", ""
@@ -46,8 +46,8 @@ def parts_of_run(began: float, ended: float, folder: Path) -> Iterator[Entry]:
     loaded, tracked = written(folder / "config.yaml"), logged(folder, "Run folder")
     described = written(folder / "model_summary.txt")
     yield "command to Hydra's job: arguments composed and checked", set_up - began, "s", ""
-    yield "import of torch and the package, data, network", loaded - set_up, "s", ""
-    yield "MLflow: import, run started", tracked - loaded, "s", ""
+    yield "import of torch and the package, data, network, MLflow's import beside them", loaded - set_up, "s", ""
+    yield "MLflow: run started", tracked - loaded, "s", ""
     yield "network summary", described - tracked, "s", ""
     yield "optimizer, checkpoint, first step", first_step - described, "s", ""
     yield "command to the end of the first training step, warm store", first_step - began, "s", "< 8 s"
@@ -81,7 +81,7 @@ def sweep(arguments: list[str], repeat: int) -> Iterator[Entry]:
 
 
 def training_times(folder: Path) -> tuple[float, float]:
-    """When the first step ended and when the only epoch did, its evaluation included; in seconds since 1970."""
+    """When the only step ended and when the epoch did, its evaluation included; in seconds since 1970."""
     (epoch,) = read_csv(folder / "history.csv")
     trained = written(folder / "history.csv")
     return trained - epoch["epoch_seconds"] + BATCH / epoch["images_per_second"], trained
