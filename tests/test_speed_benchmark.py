@@ -1,7 +1,6 @@
 """The speed study's script: what it measures in a tiny run, and the table it makes of that."""
 
 import importlib
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get("CIFAR10_ROOT", ROOT.parent / "shared" / "data"))
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +28,8 @@ def test_the_table_has_medians_spread_and_our_median_over_theirs(benchmark, tmp_
     benchmark.append_csv(path, measurements(benchmark, assignment=[25]))  # a later call adds to the first
     benchmark.append_csv(path, measurements(benchmark, machine="another", ours=[1e6]))
     table = benchmark.step_table(benchmark.measured(path, "this"))
-    assert "| 0.125 | (a) our training path | 100.0 (90.0 - 120.0, 3) | 1.00 |  |" in table
-    assert "| 0.125 | (b) the assignment's loop | 25.0 (20.0 - 30.0, 3) | 4.00 |  |" in table
+    assert "| 0.125 | (a) our training path | 100.0 (90.0 - 120.0, 3) | 1.00 (1.00 - 1.00) |  |" in table
+    assert "| 0.125 | (b) the assignment's loop | 25.0 (20.0 - 30.0, 3) | 4.00 (4.00 - 4.50) |  |" in table
     assert len(table) == 4
 
 
@@ -51,14 +49,25 @@ def test_the_flop_of_the_whole_network_are_the_assignments(benchmark):
 
 
 @pytest.mark.parametrize("side", ["ours", "assignment", "bare_step"])
-def test_the_stopwatch_leaves_warm_up_out(benchmark, monkeypatch, side):
-    if not (DATA / "cifar-10-batches-py").is_dir():
-        pytest.skip(f"no CIFAR-10 in {DATA}: set CIFAR10_ROOT")
+def test_the_stopwatch_leaves_warm_up_out(benchmark, cifar10, monkeypatch, side):
     competitors = benchmark.competitors
-    setting = competitors.Setting(0.125, 3, 1, str(DATA), competitors.torch.device("cpu"), "fp32", batch_size=8)
+    setting = competitors.Setting(0.125, 3, 1, str(cifar10), competitors.torch.device("cpu"), "fp32", batch_size=8)
     ticks = iter([10.0, 14.0])  # seconds: the end of the warm-up and the end of the last step
     monkeypatch.setattr(competitors, "perf_counter", lambda: next(ticks))
     assert competitors.training_rate(benchmark.SIDES[side], setting) == 2 * 8 / 4
+
+
+def test_sides_take_turns_and_an_error_of_one_comes_back(benchmark, cifar10):
+    competitors = benchmark.competitors
+    setting = competitors.Setting(0.125, 2, 1, str(cifar10), competitors.torch.device("cpu"), "fp32", batch_size=8)
+    with (
+        benchmark.standing_ready(competitors.bare_step, setting) as bare,
+        benchmark.standing_ready(competitors.ours, setting) as ours,
+    ):
+        assert all(turn() > 0 for turn in (bare, ours, ours, bare))
+    nowhere = replace(setting, data_root="nowhere")
+    with pytest.raises(RuntimeError, match="not found"), benchmark.standing_ready(competitors.assignment, nowhere):
+        pass
 
 
 def test_our_side_trains_on_the_device_that_is_asked_for(benchmark):
@@ -90,11 +99,9 @@ def test_one_quantity_is_varied_at_a_time(benchmark):
     assert cost.varied(setting, "processes", 2)[1] == 2
 
 
-def test_two_processes_train_on_one_clock(benchmark):
-    if not (DATA / "cifar-10-batches-py").is_dir():
-        pytest.skip(f"no CIFAR-10 in {DATA}: set CIFAR10_ROOT")
+def test_two_processes_train_on_one_clock(benchmark, cifar10):
     competitors = benchmark.competitors
-    setting = competitors.Setting(0.125, 3, 1, str(DATA), competitors.torch.device("cpu"), "fp32", batch_size=8)
+    setting = competitors.Setting(0.125, 3, 1, str(cifar10), competitors.torch.device("cpu"), "fp32", batch_size=8)
     watch = competitors.Stopwatch(setting)
     benchmark.cost.in_processes(2, setting, watch)
     assert watch.stopped > watch.started > 0

@@ -8,6 +8,7 @@ of the same code: of each part and width, that of the last. What is measured and
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import importlib.util
@@ -54,10 +55,11 @@ NAMES = {
     "bare_step_kept_memory": "(d') the same, freed memory kept",
     LIMIT: "(e) arithmetic limit",
 }
-# Steps by width, of which the first are not counted: about as long for each width on 2 cores.
-STEPS = {0.125: (65, 10), 0.5: (9, 2), 1.0: (4, 1)}
-# On a GPU a step takes milliseconds: as many as use up what the loaders have ready, and more than its clock's start takes.
-STEPS_ON_GPU = (300, 50)
+# Steps of a turn by width, of which the first are not counted: they use up what the loaders' workers have ready by then,
+# where these are slower than the network.
+STEPS = {0.125: (20, 8), 0.5: (4, 2), 1.0: (2, 1)}
+STEPS_ON_GPU = (200, 50)
+ROUNDS = 3  # turns of each side in a repeat
 BARE = ("bare_step", "bare_step_kept_memory")
 # What ours should be divided by the side, at least, by the precision that the processor's instructions give.
 TARGETS = {
@@ -118,22 +120,51 @@ def code() -> str:
 
 
 def training_steps(arguments: argparse.Namespace, device: torch.device, precision: str) -> Iterator[dict]:
-    """A row for each side and repeat: one repeat is all sides one after another, so that what disturbs one disturbs all."""
+    """A row for each side and turn: the sides take turns of seconds, so that what disturbs one for minutes disturbs all."""
     sides = [side for side in SIDES if "lightning" not in side or has_lightning()]
     for width in arguments.widths:
-        steps, warmup = STEPS_ON_GPU if device.type == "cuda" else STEPS.get(width, (12, 2))
+        steps, warmup = STEPS_ON_GPU if device.type == "cuda" else STEPS.get(width, (10, 2))
         steps = arguments.steps or steps
-        setting = competitors.Setting(
-            width, steps, min(warmup, steps - 1), arguments.data_root, device, precision
-        )
-        for repeat in range(arguments.repeats):
-            rates = {side: new_process(competitors.training_rate, SIDES[side], setting) for side in sides}
-            rates[LIMIT] = competitors.arithmetic_limit(setting)
-            print(f"width {width}, repeat {repeat + 1}:", *(f"{side} {rate:.1f}" for side, rate in rates.items()))
-            targets = TARGETS[precision] if device.type == "cpu" else {}
-            for side, rate in rates.items():
-                target = targets.get((side, width), "")
-                yield row("step", side, rate, "images/s", target and f"ours / this >= {target}", width)
+        setting = competitors.Setting(width, steps, min(warmup, steps - 1), arguments.data_root, device, precision)
+        targets = TARGETS[precision] if device.type == "cpu" else {}
+        with contextlib.ExitStack() as stack:
+            turns = {side: stack.enter_context(standing_ready(SIDES[side], setting)) for side in sides}
+            for repeat in range(ROUNDS * arguments.repeats):
+                first = repeat % len(sides)
+                rates = {side: turns[side]() for side in (*sides[first:], *sides[:first])}
+                rates[LIMIT] = competitors.arithmetic_limit(setting)
+                print(f"width {width}, turn {repeat + 1}:", *(f"{side} {rates[side]:.1f}" for side in (*sides, LIMIT)))
+                for side in (*sides, LIMIT):
+                    target = targets.get((side, width), "")
+                    yield row("step", side, rates[side], "images/s", target and f"ours / this >= {target}", width)
+
+
+@contextlib.contextmanager
+def standing_ready(train: Callable, setting: competitors.Setting) -> Iterator[Callable[[], float]]:
+    """A side in a process of its own, warmed up: a call lets it train for a turn and returns images/s; else it stands still."""
+    context = multiprocessing.get_context("spawn")
+    connection, its_end = context.Pipe()
+    process = context.Process(target=competitors.train_in_turns, args=(train, setting, its_end))
+    process.start()
+    its_end.close()  # so that the end of the process is seen here
+
+    def result() -> float:
+        rate = connection.recv()
+        if isinstance(rate, Exception):
+            raise rate
+        return rate
+
+    def turn() -> float:
+        connection.send(True)
+        return result()
+
+    try:
+        result()
+        yield turn
+        connection.send(False)
+        process.join()
+    finally:
+        process.kill()
 
 
 def new_process(work: Callable, *arguments: Any) -> Any:
@@ -175,17 +206,21 @@ def median(entries: Sequence[dict]) -> float:
 
 
 def step_table(groups: dict[tuple[str, str, str], list[dict]]) -> list[str]:
-    """Markdown: images/s of each side at each width and how many times as fast ours is."""
-    lines = ["| width | side | images/s, median (min - max, repeats) | ours / this | target |", "|---|---|---|---|---|"]
+    """Markdown: images/s of each side at each width and how many times as fast ours is, the median of the rounds' ratios."""
+    lines = [
+        "| width | side | images/s, median (min - max, turns) | ours / this (min - max) | target |",
+        "|---|---|---|---|---|",
+    ]
     for (part, width, side), entries in sorted(groups.items(), key=lambda group: float(group[0][1] or 0)):
         if part != "step":
             continue
         rates = [float(entry["value"]) for entry in entries]
-        ratio = median(groups["step", width, "ours"]) / median(entries)
+        ours = groups["step", width, "ours"]
+        ratios = [float(mine["value"]) / float(its["value"]) for mine, its in zip(ours, entries, strict=False)]
         target = entries[0]["target"].rpartition(" ")[2]
         lines.append(
             f"| {width} | {NAMES[side]} | {median(entries):,.1f} ({min(rates):,.1f} - {max(rates):,.1f}, {len(rates)}) "
-            f"| {ratio:.2f} | {target and f'>= {target}'} |"
+            f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f}) | {target and f'>= {target}'} |"
         )
     return lines
 
@@ -244,7 +279,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--widths", type=float, nargs="+", default=list(STEPS))
     parser.add_argument(
-        "--steps", type=step_count, help="a repeat's optimizer steps, warm-up included (default: by width)"
+        "--steps", type=step_count, help="a turn's optimizer steps, warm-up included (default: by width)"
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="auto")

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
+from multiprocessing.connection import Connection
 from time import perf_counter
 
 import torch
@@ -71,6 +72,22 @@ class Stopwatch:
     def images_per_second(self) -> float:
         counted = self.setting.steps - self.setting.warmup
         return counted * self.setting.batch_size / (self.stopped - self.started)
+
+
+class TurnWatch(Stopwatch):
+    """A stopwatch that sends what it measured through `connection`, and holds its side until it is that side's turn again."""
+
+    def __init__(self, setting: Setting, connection: Connection) -> None:
+        super().__init__(setting)
+        self.connection = connection
+
+    def step(self) -> bool:
+        """Note the end of a step; True after the last of the last turn."""
+        if not super().step():
+            return False
+        self.connection.send(self.images_per_second)
+        self.steps = 0
+        return not self.connection.recv()
 
 
 def configuration(setting: Setting) -> DictConfig:
@@ -141,7 +158,9 @@ def lightning(setting: Setting, watch: Stopwatch) -> None:
 def lightning_tuned(setting: Setting, watch: Stopwatch) -> None:
     """(c') Lightning as its manual advises: bf16-mixed where the hardware has it, channels last, a worker a core that stays."""
     precision = "bf16-mixed" if setting.precision == "bf16" else "32-true"
-    _lightning(setting, watch, precision, channels_last=True, workers=os.cpu_count() or WORKERS, persistent_workers=True)
+    _lightning(
+        setting, watch, precision, channels_last=True, workers=os.cpu_count() or WORKERS, persistent_workers=True
+    )
 
 
 def _lightning(setting: Setting, watch: Stopwatch, precision: str, channels_last: bool, **options: int) -> None:
@@ -170,12 +189,12 @@ def _lightning(setting: Setting, watch: Stopwatch, precision: str, channels_last
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     class Watched(L.Callback):
-        def on_train_batch_end(self, *_: object) -> None:
-            watch.step()
+        def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+            trainer.should_stop = watch.step()
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
-            max_steps=setting.steps,
+            max_epochs=24,
             accelerator="gpu" if setting.device.type == "cuda" else "cpu",
             devices=[setting.device.index or 0] if setting.device.type == "cuda" else 1,
             precision=precision,
@@ -254,6 +273,16 @@ def training_rate(train: Callable[[Setting, Stopwatch], None], setting: Setting)
     with silent():
         train(setting, watch)
     return watch.images_per_second
+
+
+def train_in_turns(train: Callable[[Setting, Stopwatch], None], setting: Setting, connection: Connection) -> None:
+    """Train and send images/s, or the error that ended it, for each turn that is asked for through `connection`."""
+    torch.manual_seed(0)
+    try:
+        with silent():
+            train(setting, TurnWatch(setting, connection))
+    except Exception as error:
+        connection.send(error)
 
 
 def arithmetic_limit(setting: Setting) -> float:
