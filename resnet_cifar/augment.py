@@ -101,9 +101,9 @@ class AlternatingFlip(ScheduledTransform):
 
 
 class ProgressiveResize(ScheduledTransform):
-    """Shrink the images to `first` pixels at first, to more in equal steps of `epochs`, in the last not at all.
+    """Images grow from `first` pixels in epoch 1 to their full size in epoch `epochs`, by 4 pixels at a time, and stay there.
 
-    Sizes until then are multiples of 4. Progressive resizing as in fast.ai's DAWNBench entry (Howard et al., 2018); antialiased
+    Progressive resizing as in fast.ai's DAWNBench entry (Howard et al., 2018); antialiased
     bilinear interpolation.
     """
 
@@ -235,6 +235,6 @@ def _integers(high: int, images: Tensor, generator: Generator) -> Tensor:
 def _per_image(transform: Callable, images: Tensor, generator: Generator) -> Tensor:
     # torchvision draws from torch's global generator: lend it this batch's seed and put its state back.
     seed = torch.randint(2**31, (1,), device=images.device, generator=generator).item()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
         torch.manual_seed(seed)
         return torch.stack([transform(image) for image in images])

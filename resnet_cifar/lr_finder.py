@@ -57,16 +57,16 @@ def range_test(
         module.forward = autocast(device, precision)(module.forward)
     finder = LRFinder(model, optimizer, criterion, device=device)
     silence = io.StringIO()  # torch-lr-finder prints, and draws a bar of its own
-    with untouched_generators(), contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+    with untouched_generators(device), contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
         finder.range_test(Batches(), end_lr=end_lr, num_iter=num_iter, step_mode=step_mode)
     return RangeTest(np.array(finder.history["lr"]), np.array([float(loss) for loss in finder.history["loss"]]))
 
 
 @contextlib.contextmanager
-def untouched_generators() -> Iterator[None]:
-    """Put back torch's, NumPy's and Python's random generators: a transform of the user's own may draw from any."""
+def untouched_generators(device: torch.device) -> Iterator[None]:
+    """Put back torch's (on CPU and `device`), NumPy's and Python's random generators: a user's transform may draw from any."""
     of_numpy, of_python = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             yield
         finally:

@@ -68,7 +68,13 @@ def model_summary(model: nn.Module, image_shape: Sequence[int]) -> str:
 
     columns = ("kernel_size", "input_size", "output_size", "num_params", "mult_adds", "trainable")
     table = summary(
-        model, input_size=(20, *image_shape), depth=4, col_names=columns, row_settings=("var_names",), verbose=0
+        model,
+        input_size=(20, *image_shape),
+        depth=4,
+        col_names=columns,
+        row_settings=("var_names",),
+        verbose=0,
+        device=next(model.parameters()).device,  # else it moves the model to a GPU, where there is one
     )
     return str(table).replace("Units.GIGABYTES", "G").replace("Units.MEGABYTES", "M").replace("Units.KILOBYTES", "K")
 
@@ -83,7 +89,8 @@ def write_summary(path: Path, model: nn.Module, image_shape: Sequence[int]) -> N
 
 def write_predictions(path: Path, logits: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
     """`predictions.csv`: index in the data set, label, prediction and the confidence (0..1) in it, a row per image."""
-    confidences, predictions = logits.softmax(1).max(1)
+    # float64: many confident mistakes round to 1.0 in float32, and a sweep's summary would find them in another order.
+    confidences, predictions = logits.double().softmax(1).max(1)
     path.unlink(missing_ok=True)
     rows = zip(labels.tolist(), predictions.tolist(), confidences.tolist(), strict=True)
     append_csv(
@@ -93,7 +100,7 @@ def write_predictions(path: Path, logits: Tensor, labels: Tensor, classes: Seque
                 "index": index,
                 "label": classes[label],
                 "prediction": classes[prediction],
-                "confidence": round(confidence, 6),
+                "confidence": confidence,
             }
             for index, (label, prediction, confidence) in enumerate(rows)
         ],
