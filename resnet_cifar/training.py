@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resnet_cifar import checkpoint, parts, resume
@@ -33,11 +34,11 @@ class Start:
 def load(cfg: DictConfig, invocation: Invocation, world: World = ALONE) -> Start:
     """The images, the network with its initial weights, and a resumed run's checkpoint."""
     if world.rank > 0:
-        world.from_first(0)  # it may have to download the images
+        world.wait_for_first()  # it may have to download the images
     train_images, val_images = parts.load_train_and_val(cfg.data)
     test_images = parts.load_test(cfg.data)
     if world.rank == 0:
-        world.from_first(0)
+        world.wait_for_first()
     built = parts.build_parts(cfg, train_images.classes)
     # Stopped before its first checkpoint, a run starts again.
     resumable = invocation.resumed and checkpoint.exists(invocation.folder)
@@ -67,7 +68,8 @@ def build_training(
     scheduler = cfg.scheduler if max_lr is None else OmegaConf.merge(cfg.scheduler, {"max_lr": max_lr})
     optimizer = parts.build_optimizer(cfg.optimizer, cfg.param_groups, built.network)
     total_steps = cfg.trainer.epochs * steps_per_epoch(train_images, cfg.data.batch_size)
-    averaged = averaged_model(built.network, cfg.trainer.ema_decay)
+    # Without a decay the average would be the weights themselves.
+    averaged = MovingAverage(built.network, cfg.trainer.ema_decay) if cfg.trainer.ema_decay else None
     model = world.replicate(built.network)
     return Training(
         model=torch.compile(model) if cfg.trainer.compile else model,
@@ -84,11 +86,29 @@ def build_training(
     )
 
 
-def averaged_model(network: torch.nn.Module, decay: float) -> AveragedModel | None:
-    """An exponential moving average of weights and batch-norm statistics; None for a decay of 0, the weights themselves."""
-    if decay == 0:
-        return None
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+class MovingAverage(AveragedModel):
+    """An exponential moving average of weights and batch-norm statistics, bit for bit torch's.
+
+    torch's own update waits for a GPU at every step: it copies its counter there, for averages of another kind.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        super().__init__(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move the average towards the weights and buffers of `model`; the first time, onto them."""
+        own, new = ([*module.parameters(), *module.buffers()] for module in (self.module, model))
+        for floating in (True, False):  # batch norm's counters of batches are whole numbers
+            places = [place for place, tensor in enumerate(own) if tensor.is_floating_point() == floating]
+            if not places:
+                continue
+            pair = [own[place] for place in places], [new[place] for place in places]
+            if self.n_averaged == 0:
+                torch._foreach_copy_(*pair)
+            else:
+                self.multi_avg_fn(*pair, self.n_averaged)
+        self.n_averaged += 1
 
 
 def training_state(
