@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from resnet_cifar.report import append_csv, read_csv
-from resnet_cifar.sweep import Plan, job_name, short_names, short_value, status
+from resnet_cifar.sweep import SKIP, Plan, job_name, short_names, short_value, status
 
 SEED = "seed"
 
@@ -38,18 +38,17 @@ class Result:
 
 def results(plan: Plan) -> list[Result]:
     """The result of every job of a sweep, read from its folder."""
-    return [_result(job.name, job.values, Path(job.result)) for job in plan.jobs]
+    return [_result(job.name, job.values, Path(job.result), skipped=job.action == SKIP) for job in plan.jobs]
 
 
-def _result(name: str, values: dict[str, str], folder: Path) -> Result:
+def _result(name: str, values: dict[str, str], folder: Path, skipped: bool) -> Result:
     word, error = status(folder)
     history = read_csv(folder / "history.csv") if (folder / "history.csv").exists() else []
-    # A copy from the store has no status: only what is FINISHED is taken from there.
-    has_config = (folder / "config.yaml").exists()
-    word = word or ("FINISHED" if has_config and not (folder / ".hydra").exists() else "UNFINISHED")
+    # What was skipped is finished by the store's word; a copy from there has no status.
+    word = "FINISHED" if skipped else word or "UNFINISHED"
     finished = word == "FINISHED"
     trained = finished and bool(history)
-    held_out = trained and has_config and OmegaConf.load(folder / "config.yaml").data.val_size
+    held_out = trained and (folder / "config.yaml").exists() and OmegaConf.load(folder / "config.yaml").data.val_size
     test_accuracy = _test_accuracy(folder) if finished else None
     return Result(
         name=name,

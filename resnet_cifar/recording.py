@@ -76,7 +76,7 @@ def recorded(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, s
             **{key: cfg.tracking[key] for key in ("uri", "artifacts", "experiment")},
             run_name=run_name(cfg, invocation),
             folder=folder,
-            params={} if invocation.resumed else compared_params(cfg, invocation),
+            params={} if invocation.run_id else compared_params(cfg, invocation),
             tags={
                 "task": cfg.task,
                 "overrides": " ".join(invocation.overrides) or "none",

@@ -273,9 +273,17 @@ def _holds_a_run(folder: Path) -> bool:
 
 
 def _set_aside(folder: Path) -> None:
-    """Rename the folder of a run that runs anew, so that nothing of it is lost."""
+    """Rename the folder of a run that runs anew, so that nothing of it is lost.
+
+    Raises:
+        StorageError: a process is working on it, a cluster's job say, whose sweep has ended.
+    """
     number = 1 + len(list(folder.parent.glob(f"{folder.name}_replaced_*")))
-    folder.rename(folder.with_name(f"{folder.name}_replaced_{number}"))
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            folder.rename(folder.with_name(f"{folder.name}_replaced_{number}"))
+    except Timeout:
+        raise StorageError(f"Another process is working on the run in {folder}. Wait for it or stop it.") from None
 
 
 def _end_of_settings(argv: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from resnet_cifar.figures import EVAL, HEAT_MAP_COLOURS, INK, MARK, MUTED, STYLE
+from resnet_cifar.figures import EVAL, INK, MARK, MUTED, STYLE, overlay
 from resnet_cifar.sweep import short_value
 
 LINES = ("#1d4ed8", "#b91c1c", "#047857", "#b45309", "#7c3aed", "#0e7490", "#be185d", "#4d7c0f", "#475569", "#92400e")
@@ -95,7 +95,7 @@ def grad_cam_grid(
         panels[row, 0].set_title(f"true: {label}", fontsize=8, loc="center", color=INK)
         for column, run in enumerate(runs, start=1):
             heat_map, prediction = run["heat_maps"][row], run["predictions"][row]
-            panels[row, column].imshow(_overlay(image, heat_map))
+            panels[row, column].imshow(overlay(image, heat_map))
             colour = MUTED if prediction == label else MARK
             panels[row, column].set_title(prediction, fontsize=8, loc="center", color=colour)
     for column, run in enumerate([{"name": "image"}, *runs]):
@@ -106,13 +106,6 @@ def grad_cam_grid(
     for axes in panels.flat:
         axes.set_axis_off()
     return figure
-
-
-def _overlay(image: np.ndarray, heat_map: np.ndarray) -> np.ndarray:
-    """The image under its heat map; dark and grey where nothing speaks for the class, as in a run's own figures."""
-    if not heat_map.any():
-        return np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2) / 3
-    return (image + matplotlib.colormaps[HEAT_MAP_COLOURS](heat_map)[..., :3]) / 2
 
 
 def _in_order(value: str) -> tuple[bool, float, str]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import shlex
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from resnet_cifar import recording, tracking
 from resnet_cifar.artifact_files import local_folder
 from resnet_cifar.compose import Composition
+from resnet_cifar.delivery import reason
 from resnet_cifar.errors import StorageError
 from resnet_cifar.fingerprint import config_hash, source_hash
 from resnet_cifar.progress import LOCAL_SERVER, shown_uri
@@ -95,20 +97,31 @@ def _files(run: "MlflowRun", settings: DictConfig, sweep_folder: Path) -> Path:
             return folder
     copy = sweep_folder / COPIES / run.info.run_id
     if not copy.exists() and not settings.sweep.dry_run:
-        copy.mkdir(parents=True)
-        store = tracking.Store(settings.tracking.uri)
-        for name in ("history.csv", "config.yaml", "predictions.csv", "checkpoints"):
-            try:
-                store.client.download_artifacts(run.info.run_id, name, str(copy))
-            except Exception as error:  # a run that has no such file; the table then has a gap
-                log.debug("%s of run %s: %s", name, run.info.run_id, error)
+        _download(run.info.run_id, settings.tracking.uri, copy)
     return copy
+
+
+def _download(run: str, uri: str, copy: Path) -> None:
+    """The files that a leaderboard is made of, all that the run has, or none and a warning: the table then has a gap."""
+    client, partial = tracking.Store(uri).client, copy.with_name(f"{copy.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for artifact in client.list_artifacts(run):
+            if artifact.path in ("history.csv", "config.yaml", "predictions.csv", "checkpoints"):
+                client.download_artifacts(run, artifact.path, str(partial))
+    except Exception as error:
+        log.warning("The files of run %s, which is finished, cannot be fetched: %s", run, reason(error))
+    else:
+        partial.rename(copy)
 
 
 def estimate(settings: DictConfig, composition: Composition, actions: Sequence[str]) -> str:
     """How long the jobs that are to run will take, from runs of the same size that FINISHED without a stop."""
     if settings.tracking.uri is None:
         return "tracking=none: no earlier runs to estimate the time from"
+    if any(cfg.task != "train" for cfg, _ in composition.jobs):
+        return "no estimate: earlier runs tell how long trainings take"
     trained = _runs(settings, "attributes.status = 'FINISHED' AND tags.task = 'train'")
     # The time of a resumed run counts what it lay stopped. Its epochs' seconds do not, but they also leave out the LR
     # finder, the figures and the exported model, which are much of a short run.

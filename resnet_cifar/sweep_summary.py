@@ -126,6 +126,7 @@ def _grid(best_of_points: Sequence[Result]) -> Figure:
 
 def _restore(folder: Path) -> tuple[DictConfig, Any]:
     cfg = OmegaConf.load(folder / "config.yaml")
+    cfg.trainer.device = "auto"  # the jobs may have run where there were GPUs
     return cfg, restore_parts(cfg, checkpoint.load(folder))
 
 

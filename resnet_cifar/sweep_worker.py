@@ -1,5 +1,6 @@
-"""A worker process of a parallel sweep: a GPU of its own, chosen before CUDA starts, and an end when its sweep is gone."""
+"""A worker process of a parallel sweep: GPUs of its own, chosen before CUDA starts, and an end when its sweep is gone."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -15,23 +16,25 @@ _held: list[FileLock] = []  # while this process lives, which may be several job
 _watched: list[threading.Thread] = []
 
 
-def take_gpu(folder: Path) -> None:
-    """Leave this process one GPU: the first that no other process holds by its lock in `folder`; without one, the last."""
+def take_gpus(folder: Path, count: int) -> None:
+    """Leave this process `count` GPUs: the first that no other process holds by their locks in `folder`; else the last."""
     import torch  # late; counting the devices does not start CUDA
 
     if _held:
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    taken: list[str] = []
     for gpu in gpus:
         lock = FileLock(folder / f".gpu_{gpu}.lock", thread_local=False)
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-        try:
+        with contextlib.suppress(Timeout):
             lock.acquire(timeout=0)
-        except Timeout:
-            continue
-        _held.append(lock)
-        return
+            _held.append(lock)
+            taken.append(gpu)
+        if len(taken) == count:
+            break
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(taken if len(taken) == count else gpus[-count:])
 
 
 def gpus_of_a_job() -> int:

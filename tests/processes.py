@@ -135,6 +135,13 @@ def killed_before_the_checkpoint(count: int) -> None:
     checkpoint.save = die_at
 
 
+def killed_before_it_is_recorded() -> None:
+    """Die by SIGKILL when the run's folder is there and its start is to be told to the tracking store."""
+    from resnet_cifar import tracking
+
+    tracking.start = lambda **_: signals(signal.SIGKILL)
+
+
 def waits_after_steps(count: int, released: str) -> None:
     """Stand still after `count` steps until the file `released` is there."""
     import time

@@ -172,14 +172,17 @@ def test_a_ray_job_has_one_gpu_where_there_are_some(monkeypatch, there, given):
     assert _launcher("hydra/launcher=cluster")["ray"]["remote"] == {"num_cpus": 1, "num_gpus": given}
 
 
-def test_each_process_of_a_parallel_sweep_has_a_gpu_of_its_own(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+@pytest.mark.parametrize(
+    ("there", "of_each", "expected"), [(2, 1, ["0", "1", "1"]), (4, 2, ["0,1", "2,3", "2,3"])], ids=["one", "two"]
+)
+def test_each_process_of_a_parallel_sweep_has_gpus_of_its_own(monkeypatch, tmp_path, there, of_each, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
     seen, held = [], []
     for _process in range(3):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         monkeypatch.setattr(sweep_worker, "_held", [])
         for _job in range(2):
-            sweep_worker.take_gpu(tmp_path)
+            sweep_worker.take_gpus(tmp_path, of_each)
         seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
         held.append(sweep_worker._held)
-    assert seen == ["0", "1", "1"]
+    assert seen == expected

@@ -9,7 +9,7 @@ import pytest
 from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from processes import after_steps, signals, some_seeds_fail
+from processes import after_steps, killed_before_it_is_recorded, signals, some_seeds_fail
 from sweep_results import SWEEP, assert_one_run_for_each_seed, assert_seeds_1_and_2_failed, runs
 
 from resnet_cifar import leaderboard, sweep, sweep_figures, sweep_store, sweep_summary
@@ -60,6 +60,20 @@ def test_what_kill_9_takes_with_it_the_same_command_finishes(commands, outputs, 
     every = commands(*arguments, "sweep.rerun=all", "sweep.dry_run=true", printed=tmp_path / "every")
     assert every.ends() == 0, every.output
     assert "3 jobs, 3 to run" in every.output
+
+
+def test_a_job_killed_before_it_was_recorded_is_recorded_whole_and_finished_once(commands, outputs, tmp_path):
+    arguments = [*SWEEP, "seed=0,1", f"output_dir={outputs}"]
+    killed = commands(*arguments, printed=tmp_path / "out", fault=killed_before_it_is_recorded)
+    assert killed.ends() == -signal.SIGKILL, killed.output
+
+    again = commands(*arguments, printed=tmp_path / "again")
+    assert again.ends() == 0, again.output
+    found, [first, second] = assert_one_run_for_each_seed(outputs, [0, 1])
+    assert len(found) == 2 and first.data.params.keys() == second.data.params.keys() > {"seed", "trainer.epochs"}
+
+    dry = commands(*arguments, "sweep.dry_run=true", printed=tmp_path / "dry")
+    assert dry.ends() == 0 and "2 jobs, 0 to run" in dry.output
 
 
 def test_a_dry_run_without_earlier_runs_writes_nothing(commands, tmp_path):
@@ -225,10 +239,9 @@ def finished_job(folder, *predictions, columns="label,prediction"):
     return str(folder)
 
 
-def found_in(tmp_path, *folders):
+def found_in(tmp_path, *folders, action=sweep.RUN):
     jobs = [
-        sweep.Job(n, folder, {"checkpoint": folder[-1]}, "", sweep.RUN, folder, folder)
-        for n, folder in enumerate(folders)
+        sweep.Job(n, folder, {"checkpoint": folder[-1]}, "", action, folder, folder) for n, folder in enumerate(folders)
     ]
     return leaderboard.results(sweep.Plan("id", str(tmp_path), ["-m"], jobs))
 
@@ -250,12 +263,35 @@ def test_jobs_that_find_a_rate_or_explain_pictures_came_to_their_end_without_an_
     assert leaderboard.verdict(leaderboard.table(found)) == "**No accuracy was measured to rank by.**"
 
 
-def test_a_copy_of_an_evaluation_from_the_store_is_finished_and_an_empty_one_is_not(tmp_path):
+@pytest.mark.parametrize(
+    ("action", "expected"), [(sweep.SKIP, ("FINISHED", 100)), (sweep.RUN, ("UNFINISHED", None))], ids=["skip", "run"]
+)
+def test_without_a_status_what_was_skipped_is_finished_by_the_stores_word(tmp_path, action, expected):
     finished_job(tmp_path / "a", "cat,cat")
     (tmp_path / "a" / "status.txt").unlink()
-    (tmp_path / "b").mkdir()
-    found = found_in(tmp_path, str(tmp_path / "a"), str(tmp_path / "b"))
-    assert [(result.status, result.accuracy) for result in found] == [("FINISHED", 100), ("UNFINISHED", None)]
+    [result] = found_in(tmp_path, str(tmp_path / "a"), action=action)
+    assert (result.status, result.accuracy) == expected
+
+
+def test_files_of_a_run_elsewhere_are_fetched_whole_or_another_time(monkeypatch, tmp_path, caplog):
+    failures = [ConnectionError("cable"), None, None]
+
+    def download_artifacts(run_id, name, folder):
+        Path(folder, name).touch()
+        if (error := failures.pop(0)) is not None:
+            raise error
+
+    there = [SimpleNamespace(path=name) for name in ("config.yaml", "history.csv", "run.log")]
+    client = SimpleNamespace(list_artifacts=lambda run_id: there, download_artifacts=download_artifacts)
+    monkeypatch.setattr(sweep_store.tracking, "Store", lambda uri: SimpleNamespace(client=client))
+    info = SimpleNamespace(run_id="abc", artifact_uri="mlflow-artifacts:/1/abc/artifacts")
+    run, settings = SimpleNamespace(info=info, data=SimpleNamespace(tags={})), composed("seed=0,1").jobs[0][0]
+    assert not sweep_store._files(run, settings, tmp_path).exists()
+    assert "cannot be fetched" in caplog.text
+    assert {path.name for path in sweep_store._files(run, settings, tmp_path).iterdir()} == {
+        "config.yaml",
+        "history.csv",
+    }
 
 
 def test_the_time_a_resumed_run_lay_stopped_is_not_in_the_estimate(outputs, tmp_path):
@@ -324,6 +360,18 @@ def test_the_same_sweep_does_not_run_twice_at_once(commands, outputs, tmp_path):
         command = commands(*arguments, printed=tmp_path / "out")
         assert command.ends() == 5
     assert command.output.startswith("This sweep is running already")
+
+
+def test_a_run_that_a_process_works_on_is_not_set_aside(commands, outputs, tmp_path):
+    arguments = [*SWEEP, "seed=0,1", "sweep.rerun=all", "tracking=none", f"output_dir={outputs}"]
+    [folder, _] = compose(parse_arguments(arguments)).sweep.job_folders
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").touch()
+    with FileLock(folder / ".lock"):
+        command = commands(*arguments, printed=tmp_path / "out")
+        assert command.ends() == 5
+    assert command.output.startswith(f"Another process is working on the run in {folder}")
+    assert (folder / "config.yaml").exists()
 
 
 def test_a_plan_survives_its_file(tmp_path):
