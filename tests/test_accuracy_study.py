@@ -52,6 +52,14 @@ def test_what_is_missing_is_measured_and_what_is_there_is_not(measure):
     assert "other, seed 0" in missing and "first" not in missing and len(rows) == 1
 
 
+def test_a_folder_of_other_values_is_not_taken_for_the_row(measure, outputs, tmp_path):
+    folder = tmp_path / "runs" / "tiny" / "first_seed_0"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("seed: 7\n")
+    with pytest.raises(AssertionError, match="holds a run of other values"):
+        measure("--rows", "first", "--output-dir", str(tmp_path / "runs"))
+
+
 def test_report_compares_rows_at_equal_seeds(measure):
     runs = [("first", 0, 90.0), ("first", 1, 92.0), ("other", 0, 91.0), ("other", 1, 92.5), ("other", 2, 70.0)]
     histories = measure.folder / "histories" / "tiny"

@@ -21,7 +21,9 @@ from statistics import mean, stdev
 from omegaconf import OmegaConf
 
 from resnet_cifar import leaderboard, recording, sweep_figures, tracking
+from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.errors import StorageError
+from resnet_cifar.fingerprint import config_hash
 from resnet_cifar.leaderboard import SEED
 from resnet_cifar.report import TARGET_ACCURACY, append_csv, read_csv
 
@@ -139,10 +141,12 @@ def with_standard_error(differences: list[float]) -> str:
 
 def run(overrides: list[str], folder: Path, data_root: str) -> None:
     """Run or resume it to its end; the process' exit code is ours where that fails."""
+    command = [*overrides, f"data.root={Path(data_root).absolute()}", f"hydra.run.dir={folder}"]
     if (folder / "config.yaml").exists():
+        asked_for = compose(parse_arguments(command)).jobs[0][0]
+        if config_hash(asked_for) != config_hash(OmegaConf.load(folder / "config.yaml")):
+            sys.exit(f"{folder} holds a run of other values than studies.yaml has now: move it away")
         command = [f"resume={folder}"]
-    else:
-        command = [*overrides, f"data.root={Path(data_root).absolute()}", f"hydra.run.dir={folder}"]
     code = subprocess.run([sys.executable, str(ROOT / "run.py"), *command], cwd=ROOT).returncode
     if code:
         sys.exit(code if code > 0 else 128 - code)
@@ -165,7 +169,8 @@ def result(folder: Path) -> dict[str, object]:
         "seconds": round(sum(row["epoch_seconds"] for row in history)),
         "device": f"{tracked.tags['device_name']}, {tracked.tags['threads']} threads",
         "precision": tracked.tags["precision"],
-        "commit": tracked.tags.get("git_commit", ""),
+        # The second of a run that went on under another one.
+        "commit": " ".join(filter(None, map(tracked.tags.get, ("git_commit", "resumed.git_commit")))),
         "date": date.today().isoformat(),
         "overrides": " ".join(word for word in tracked.tags["overrides"].split() if not word.startswith("data.root=")),
     }
