@@ -8,6 +8,11 @@ from urllib.request import url2pathname
 
 
 def artifact_location(artifacts: str | Path | None) -> str | None:
+    """The address MLflow keeps for a folder, which is made; an address as it is, None for a server's own place.
+
+    Raises:
+        PermissionError: the folder cannot be written.
+    """
     if artifacts is None or "://" in str(artifacts):
         return artifacts and str(artifacts)
     folder = Path(artifacts).resolve()
@@ -18,10 +23,12 @@ def artifact_location(artifacts: str | Path | None) -> str | None:
 
 
 def local_folder(uri: str) -> Path | None:
+    """The folder behind a run's artifact address; None where a server keeps it."""
     return Path(url2pathname(urlsplit(uri).path)) if urlsplit(uri).scheme in ("", "file") else None
 
 
 def link_or_copy(source: Path, target: Path) -> None:
+    """Put the file there, whole or not at all: under another name first. A hard link, or where there are none a copy."""
     if target.exists() and target.samefile(source):
         return
     target.parent.mkdir(parents=True, exist_ok=True)

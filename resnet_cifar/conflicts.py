@@ -51,6 +51,12 @@ def _data(cfg: dict[str, Any]) -> Iterator[str]:
     size = data["train_size"]
     if size is not None and data["batch_size"] > size:
         yield f"data.batch_size={data['batch_size']} should be at most data.train_size={size}"
+    for place, transform in enumerate(cfg["augmentation"]["transforms"]):
+        if transform["_target_"].endswith(".ProgressiveResize") and transform["epochs"] > cfg["trainer"]["epochs"]:
+            yield (
+                f"augmentation.transforms.{place}.epochs={transform['epochs']} should be at most trainer.epochs="
+                f"{cfg['trainer']['epochs']}: training would end on small images"
+            )
     flips = [each["_target_"] for each in cfg["augmentation"]["transforms"] if each["_target_"].endswith("Flip")]
     if data["dataset"]["_target_"].endswith(".Digits") and flips:
         yield f"{flips[0].rpartition('.')[2]} makes other signs of digits: give augmentation=crop_cutout beside data=digits"
@@ -90,6 +96,8 @@ def _tracking(tracking: dict[str, Any]) -> Iterator[str]:
     scheme = uri.partition("://")[0].partition("+")[0] if "://" in uri else ""
     if scheme == "postgres":
         yield "tracking.uri starts with postgres://: MLflow's databases are written postgresql://host/database"
+    elif ":memory:" in uri:
+        yield f"tracking.uri={uri} ends with the process: give sqlite:///path/to/mlflow.db, or tracking=none"
     elif scheme == "sqlite" and not uri.startswith("sqlite:///"):
         yield f"tracking.uri={uri} should have three slashes before the path: sqlite:///path/to/mlflow.db"
     elif scheme not in (*DATABASES, *SERVERS):

@@ -51,6 +51,10 @@ class World:
         whole[own.start : own.stop] = rows[: len(own)]
         return self.sum(whole)
 
+    def wait_for_first(self) -> None:
+        """For the others: until the first process has come to where it calls this too."""
+        self.from_first(0)
+
     def from_first(self, number: float) -> float:
         """The first process's number, on each of them; by way of the CPU, so that no accelerator has to wait."""
         if self.size == 1:

@@ -21,7 +21,6 @@ from resnet_cifar.distributed import ALONE, World
 from resnet_cifar.errors import StorageError
 from resnet_cifar.evaluation import evaluate_and_explain, evaluate_checkpoint, explain_checkpoint, log_flip_accuracy
 from resnet_cifar.fingerprint import config_hash, source_hash
-from resnet_cifar.launcher import launch
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord, Training, diverged, fit
 from resnet_cifar.lr_finder import range_test, suggest
 from resnet_cifar.progress import ProgressDisplay, setting
@@ -30,6 +29,7 @@ from resnet_cifar.signals import StopRequest, do_nothing, stop_requests
 from resnet_cifar.sync import sync_all
 from resnet_cifar.tracked_run import NoRun
 from resnet_cifar.training import begin, load, training_state
+from resnet_cifar.training_processes import launch
 
 log = logging.getLogger(__name__)
 
@@ -58,16 +58,19 @@ def asked_for(cfg: DictConfig) -> tuple[DictConfig, Invocation]:
     folder = Path(hydra.runtime.output_dir)
     # Ray starts a job anew whose process was killed: what the sweep planned to run has been on its way by then.
     if cfg.resume is not None or (job is not None and sweep.is_stopped(folder, cfg)):
-        saved, invocation = resume.saved_run(folder)
-        return saved, dataclasses.replace(invocation, name=job.name if job is not None else "", place=sweep.place())
-    return cfg, Invocation(
-        folder,
-        tuple(OmegaConf.to_container(hydra.overrides.task, resolve=False)),
-        dict(hydra.runtime.choices),
+        cfg, invocation = resume.saved_run(folder)
+    else:
+        overrides = tuple(OmegaConf.to_container(hydra.overrides.task, resolve=False))
+        invocation = Invocation(folder, overrides, dict(hydra.runtime.choices))
+    return cfg, dataclasses.replace(
+        invocation,
         name=job.name if job is not None else "",
         varied=tuple(job.values) if job is not None else (),
         place=sweep.place(),
-        tags={"config_hash": config_hash(cfg), "source_hash": source_hash(), **sweep.tags()},
+        # Those of a run that is recorded already stay as they are.
+        tags={}
+        if invocation.run_id
+        else {"config_hash": config_hash(cfg), "source_hash": source_hash(), **sweep.tags()},
     )
 
 
@@ -84,7 +87,7 @@ def train_in_processes(cfg: DictConfig, invocation: Invocation) -> None:
     """`trainer.devices` processes, of which the first does all that one alone does; whatever ends one ends the run."""
     device = parts.choose_device(cfg.trainer.device)
     parts.check_devices(device, cfg.trainer.devices)
-    before = sweep.status(invocation.folder)[0] if invocation.resumed else None
+    before = (sweep.status(invocation.folder)[0] if invocation.resumed else "") or None
     logs = OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)
     try:
         launch(cfg.trainer.devices, device.type, logs, take_part, cfg, invocation)
@@ -99,16 +102,22 @@ def train_in_processes(cfg: DictConfig, invocation: Invocation) -> None:
 
 
 def take_part(world: World, cfg: DictConfig, invocation: Invocation) -> None:
-    """One process's part in a training: all of it for the first, only steps and evaluations for the others."""
+    """One process's part in a training: all of it for the first, only steps and evaluations for the others.
+
+    What they hear from the first, all in this order: that the data are there, the peak of the schedule if it has one, and
+    after each record the number of the signal that stops them, or 0.
+    """
     if world.rank == 0:
         for _stage in train_in_stages(cfg, invocation, world):
             pass
         return
     start = load(cfg, invocation, world)
     peak = OmegaConf.select(cfg, "scheduler.max_lr")
-    training, progress = begin(cfg, start, None if peak is None else world.from_first(0), world)
+    unknown_here = 0
+    training, progress = begin(cfg, start, None if peak is None else world.from_first(unknown_here), world)
     for _record in fit(training, start.train, start.held_out, progress):
-        if world.from_first(0):  # the signal that has stopped it
+        stopped_by = world.from_first(unknown_here)
+        if stopped_by:
             return
 
 

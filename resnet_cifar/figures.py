@@ -232,11 +232,7 @@ def _captions(
 def _draw_pair(axes: Axes, image: np.ndarray, heat_map: np.ndarray, target: str) -> None:
     height, width, _ = image.shape
     gap = max(1, width // 16)
-    if heat_map.any():
-        colours = matplotlib.colormaps[HEAT_MAP_COLOURS](heat_map)[..., :3]
-        beside = (image + colours) / 2
-    else:
-        beside = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2) / 3
+    if not heat_map.any():
         axes.text(
             1.5 * width + gap - 0.5,
             height / 2,
@@ -246,7 +242,14 @@ def _draw_pair(axes: Axes, image: np.ndarray, heat_map: np.ndarray, target: str)
             va="center",
             fontsize=8,
         )
-    axes.imshow(np.concatenate([image, np.ones((height, gap, 3)), beside], axis=1))
+    axes.imshow(np.concatenate([image, np.ones((height, gap, 3)), overlay(image, heat_map)], axis=1))
+
+
+def overlay(image: np.ndarray, heat_map: np.ndarray) -> np.ndarray:
+    """The image (H, W, 3) in 0..1 under its heat map (H, W); dark and grey where nothing in it speaks for the class."""
+    if not heat_map.any():
+        return np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2) / 3
+    return (image + matplotlib.colormaps[HEAT_MAP_COLOURS](heat_map)[..., :3]) / 2
 
 
 def _unit(image: np.ndarray) -> np.ndarray:

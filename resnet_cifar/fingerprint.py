@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 # Where a run lies, where it is recorded and where its images are found tell nothing about its result.
-ELSEWHERE = ("tracking", "sweep", "hydra", "output_dir", "resume", "data.root")
+ELSEWHERE = ("tracking", "sweep", "output_dir", "resume")
 
 
 @functools.cache
@@ -29,6 +29,7 @@ def config_hash(cfg: DictConfig) -> str:
         container.pop(key, None)
     for holder in (container.get("data", {}), container.get("data", {}).get("dataset", {})):
         holder.pop("root", None)
+    container.get("trainer", {}).pop("checkpoint_minutes", None)
     if container.get("checkpoint") is not None:
         container["checkpoint"] = [container["checkpoint"], _end_of_checkpoint(Path(container["checkpoint"]))]
     return _hash(container)
@@ -48,7 +49,8 @@ def _end_of_checkpoint(path: Path) -> str:
 def sweep_id(overrides: Sequence[str], config_hashes: Sequence[str]) -> str:
     """The name of a sweep: the same for the same overrides, jobs and source, wherever it writes and is recorded."""
     # hydra.* is not in Hydra's list of a task's overrides.
-    told = [override for override in overrides if not override.lstrip("+~").startswith(ELSEWHERE)]
+    untold = (*ELSEWHERE, "data.root", "trainer.checkpoint_minutes")
+    told = [override for override in overrides if not override.lstrip("+~").startswith(untold)]
     return _hash([told, list(config_hashes), source_hash()])[:10]
 
 

@@ -180,7 +180,7 @@ def build_model(model: DictConfig, num_classes: int, device: torch.device, chann
 
 
 def build_optimizer(optimizer: DictConfig, param_groups: DictConfig, model: nn.Module) -> Optimizer:
-    """The optimizer over all the model's parameters, the first of its groups being that of the convolutions' weights."""
+    """The optimizer, a group for each factor of the learning rate and each decay, in the order of the model's parameters."""
     norm_biases = {module.bias for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
     grouped: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():

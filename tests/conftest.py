@@ -1,12 +1,23 @@
 """Shared by the tests: one torch thread, a database with MLflow's tables, and commands in processes of their own."""
 
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from processes import Commands
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+
+
+@pytest.fixture(scope="session")
+def cifar10():
+    """The folder that holds the real CIFAR-10; without it the test is skipped."""
+    folder = Path(os.environ.get("CIFAR10_ROOT", Path(__file__).parents[2] / "shared" / "data"))
+    if not (folder / "cifar-10-batches-py").is_dir():
+        pytest.skip(f"CIFAR-10 is neither in {folder} nor named by CIFAR10_ROOT")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -121,7 +121,8 @@ def test_width_multiplies_every_channel_count(width):
 def test_output_is_logits_of_the_number_of_classes():
     logits = CustomResNet(num_classes=7, width=0.125)(torch.randn(3, 3, 32, 32))
     assert logits.shape == (3, 7)
-    assert not torch.allclose(logits.exp().sum(1), torch.ones(3))
+    assert not torch.allclose(logits.sum(1), torch.ones(3))  # no softmax
+    assert not torch.allclose(logits.exp().sum(1), torch.ones(3))  # no log-softmax
 
 
 def test_logits_can_be_scaled():

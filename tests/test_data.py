@@ -1,7 +1,5 @@
 """Data sets as tensors, subsets, the held-out split and the order of batches."""
 
-import os
-from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
 
@@ -76,11 +74,8 @@ def test_labels_of_any_integer_type_become_int64():
     assert as_images(SimpleNamespace(data=pixels, targets=labels, classes=("a", "b"))).labels.dtype == torch.int64
 
 
-def test_cifar10_is_the_real_one():
-    folder = os.environ.get("CIFAR10_ROOT", Path(__file__).parents[2] / "shared" / "data")
-    if not Path(folder, "cifar-10-batches-py").is_dir():
-        pytest.skip(f"CIFAR-10 is neither in {folder} nor named by CIFAR10_ROOT")
-    test = as_images(torchvision.datasets.CIFAR10(folder, train=False))
+def test_cifar10_is_the_real_one(cifar10):
+    test = as_images(torchvision.datasets.CIFAR10(cifar10, train=False))
     assert test.images.shape == (10_000, 3, 32, 32)
     assert test.labels.bincount().tolist() == [1000] * 10
     assert test.classes[:3] == ("airplane", "automobile", "bird")

@@ -11,13 +11,13 @@ import torch
 from test_resume import assert_equal_states, only_run, table, tracked
 from torch import nn
 
-from resnet_cifar import checkpoint, conflicts, parts
+from resnet_cifar import checkpoint, parts
 from resnet_cifar.augment import Augmentation, Cutout, Normalise, RandomCrop, RandomHorizontalFlip
 from resnet_cifar.data import Images, training_batches
 from resnet_cifar.distributed import ALONE, World
 from resnet_cifar.errors import ConfigError
-from resnet_cifar.launcher import launch
 from resnet_cifar.loop import EpochRecord, StepRecord, Training, fit
+from resnet_cifar.training_processes import launch
 
 BATCH = 5
 NORMALISE = Normalise([0.5] * 3, [0.25] * 3)
@@ -225,25 +225,6 @@ def test_a_killed_process_ends_the_whole_run_as_failed(start, outputs):
 
 
 # What is refused
-
-
-def values(**changed):
-    trainer = {"device": "auto", "devices": 2}
-    return {"task": "train", "data": {"batch_size": 8}, **changed, "trainer": {**trainer, **changed.get("trainer", {})}}
-
-
-@pytest.mark.parametrize(
-    ("changed", "part"),
-    [
-        ({"task": "evaluate"}, "would do nothing with task=evaluate"),
-        ({"data": {"batch_size": 1}}, "should be at most data.batch_size=1"),
-        ({"trainer": {"device": "cuda:1"}}, "names one GPU"),
-    ],
-)
-def test_what_several_processes_cannot_do_is_refused(changed, part):
-    assert not list(conflicts._devices(values()))
-    [sentence] = conflicts._devices(values(**changed))
-    assert part in sentence
 
 
 def test_more_processes_than_gpus_are_refused():

@@ -1,7 +1,6 @@
 """A whole run in small, once, and what it leaves, read back through MLflow's own API; then the other tasks on it."""
 
 import csv
-import os
 import re
 import signal
 import subprocess
@@ -24,15 +23,13 @@ from processes import (
     terminated_at_the_curves,
 )
 
-from resnet_cifar import checkpoint, provenance, schema, tracking
+from resnet_cifar import checkpoint, parts, provenance, report, schema, tracking
 from resnet_cifar.compose import compose, parse_arguments
+from resnet_cifar.custom_resnet import CustomResNet
 from resnet_cifar.errors import CheckpointError
 from resnet_cifar.evaluation import with_checkpoint
 from resnet_cifar.recording import Invocation, compared_params
 
-CIFAR10 = next(
-    (root for root in (os.environ.get("CIFAR10_ROOT"), "../shared/data") if root and Path(root).exists()), None
-)
 FIGURES = {
     *("sample_training_images", "misclassified_images", "loss_and_accuracy", "lr_finder", "lr_history"),
     *(
@@ -172,7 +169,7 @@ def test_the_tags_say_where_the_numbers_come_from(trained):
     assert {"overrides", "torch", "torchvision", "python", "cuda", "device", "threads", "precision", "task"} <= set(
         tags
     )
-    assert (tags["device"], tags["precision"], tags["threads"]) == (tags["device"], "fp32", "1")
+    assert (tags["device"], tags["precision"], tags["threads"]) == (parts.choose_device("auto").type, "fp32", "1")
     assert "trainer.epochs=2" in tags["overrides"]
     assert tags["torch"] == str(torch.__version__)
     assert re.search(r"Test accuracy [\d.]+%", tags["mlflow.note.content"])
@@ -222,6 +219,11 @@ def test_the_logged_model_predicts_what_the_run_predicted(trained):
         assert [str(digit) for digit in predicted] == [row["prediction"] for row in trained.table("predictions.csv")][
             :size
         ]
+
+
+def test_the_summary_leaves_the_network_where_it_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # torchinfo would move it to that GPU
+    assert "Total params" in report.model_summary(CustomResNet(width=0.125), (3, 32, 32))
 
 
 def test_the_summary_of_the_model_is_a_table(trained):
@@ -422,7 +424,6 @@ def test_a_corrupt_data_set_ends_with_3(commands, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "part"),
     [
-        (("data=digits", "trainer.device=cuda:99"), 2, "no such device"),
         (("data=digits", "data.batch_size=5000"), 2, "data.batch_size=5000"),
         (("data=digits", "data.test_size=5000"), 2, "data.test_size=5000"),
         (("data=digits", "data.val_size=1437"), 2, "data.val_size=1437"),
@@ -462,9 +463,8 @@ def test_a_checkpoint_of_another_model_ends_with_4(trained, commands, tmp_path):
     assert "holds another model" in command.output and len(command.output.splitlines()) <= 3
 
 
-@pytest.mark.skipif(CIFAR10 is None, reason="no CIFAR-10 in ../shared/data or $CIFAR10_ROOT")
-def test_real_cifar10_runs(start):
-    arguments = ("data=cifar10", f"data.root={CIFAR10}", "augmentation=crop_flip_cutout", "data.train_size=256")
+def test_real_cifar10_runs(start, cifar10):
+    arguments = ("data=cifar10", f"data.root={cifar10}", "augmentation=crop_flip_cutout", "data.train_size=256")
     run = start(*arguments, "data.test_size=64", "data.batch_size=64", "trainer.epochs=1", "scheduler.max_lr=0.01")
     assert run.code == 0, run.output
     assert {row["label"] for row in run.table("predictions.csv")} <= set(checkpoint.load(run.folder)["classes"])

@@ -1,6 +1,5 @@
 """From the configuration to images, optimizer and schedule: read once, and parameters with settings of their own."""
 
-import os
 import platform
 import subprocess
 import sys
@@ -79,10 +78,7 @@ def test_a_split_is_made_once_for_all_the_jobs_of_a_sweep():
         assert before.images.data_ptr() == after.images.data_ptr()
 
 
-def test_files_that_are_there_are_verified_once(monkeypatch):
-    folder = os.environ.get("CIFAR10_ROOT", Path(__file__).parents[2] / "shared" / "data")
-    if not Path(folder, "cifar-10-batches-py").is_dir():
-        pytest.skip(f"CIFAR-10 is neither in {folder} nor named by CIFAR10_ROOT")
+def test_files_that_are_there_are_verified_once(monkeypatch, cifar10):
     verified, check = [], torchvision.datasets.cifar.check_integrity
 
     def counted(path, md5):
@@ -90,7 +86,7 @@ def test_files_that_are_there_are_verified_once(monkeypatch):
         return check(path, md5)
 
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", counted)
-    [(cfg, _)] = compose(parse_arguments([f"data.root={folder}", "data.test_size=10"])).jobs
+    [(cfg, _)] = compose(parse_arguments([f"data.root={cifar10}", "data.test_size=10"])).jobs
     parts._read.cache_clear()
     assert len(parts.load_test(cfg.data)) == 10
     batches = {f"data_batch_{number}" for number in range(1, 6)} | {"test_batch"}

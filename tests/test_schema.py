@@ -37,7 +37,6 @@ def refusal(*overrides):
         "tracking.uri=postgresql+psycopg2://user@host/db",
         "tracking.run_name='peak 0.02, seed 1'",
         "+optimizer.betas=[0.8,0.95]",
-        "model._target_=torchvision.models.resnet18",
         "scheduler=constant",
     ],
 )
@@ -113,6 +112,14 @@ def test_a_wrong_value_is_named_with_its_key_and_what_is_allowed(override, part)
         ("tracking.uri=postgres://host/db", "postgresql://"),
         ("tracking.uri=mlruns", "tracking.uri=mlruns should be a database or a server"),
         ("tracking.uri=sqlite://a.db", "three slashes"),
+        ("tracking.uri='sqlite:///:memory:'", "ends with the process"),
+        (
+            "experiment=laptop_94 trainer.epochs=10",
+            "augmentation.transforms.2.epochs=24 should be at most trainer.epochs=10",
+        ),
+        ("trainer.devices=2 task=find_lr", "trainer.devices=2 would do nothing with task=find_lr"),
+        ("trainer.devices=2 data.batch_size=1", "trainer.devices=2 should be at most data.batch_size=1"),
+        ("trainer.devices=2 trainer.device=cuda:1", "trainer.device=cuda:1 names one GPU"),
         ("tracking.experiment=null", "tracking.experiment is empty"),
         ("tracking.artifacts=null", "tracking.artifacts is empty"),
     ],
@@ -125,6 +132,8 @@ def test_values_that_cannot_go_together_are_refused(overrides, part):
     "overrides",
     [
         "task=evaluate checkpoint=run",
+        "trainer.devices=2",
+        "experiment=laptop_94 trainer.epochs=10 augmentation.transforms.2.epochs=8",
         "task=evaluate checkpoint=run data.train_size=100",
         "data.train_size=600 data.val_size=5000",
         "experiment=record data=digits augmentation=crop_cutout",

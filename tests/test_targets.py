@@ -43,7 +43,7 @@ def test_resolves(path, name):
         "resnet_cifar.compose.os.system",
         "resnet_cifar.compose.CONF",
         "resnet_cifar.provenance._run_git",
-        "resnet_cifar.launcher.launch",
+        "resnet_cifar.training_processes.launch",
         "resnet_cifar",
         "torch.optim.",
         ".torch.optim.SGD",

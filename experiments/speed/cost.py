@@ -10,7 +10,7 @@ import competitors
 from competitors import Setting, Stopwatch
 
 from resnet_cifar.distributed import World
-from resnet_cifar.launcher import launch
+from resnet_cifar.training_processes import launch
 
 Entry = tuple[str, float, str, str]  # what, value, unit, target
 WIDTH, BATCH_SIZE = 0.125, 512  # where nothing else is said
