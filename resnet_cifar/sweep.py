@@ -278,12 +278,11 @@ def _set_aside(folder: Path) -> None:
     Raises:
         StorageError: a process is working on it, a cluster's job say, whose sweep has ended.
     """
+    from resnet_cifar.recording import only_process  # late: it imports torch
+
     number = 1 + len(list(folder.parent.glob(f"{folder.name}_replaced_*")))
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            folder.rename(folder.with_name(f"{folder.name}_replaced_{number}"))
-    except Timeout:
-        raise StorageError(f"Another process is working on the run in {folder}. Wait for it or stop it.") from None
+    with only_process(folder):
+        folder.rename(folder.with_name(f"{folder.name}_replaced_{number}"))
 
 
 def _end_of_settings(argv: Sequence[str]) -> int:
