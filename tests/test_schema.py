@@ -115,7 +115,7 @@ def test_a_wrong_value_is_named_with_its_key_and_what_is_allowed(override, part)
         ("tracking.uri='sqlite:///:memory:'", "ends with the process"),
         (
             "experiment=laptop_94 trainer.epochs=10",
-            "augmentation.transforms.2.epochs=24 should be at most trainer.epochs=10",
+            "augmentation.transforms.2.epochs=14 should be at most trainer.epochs=10",
         ),
         ("trainer.devices=2 task=find_lr", "trainer.devices=2 would do nothing with task=find_lr"),
         ("trainer.devices=2 data.batch_size=1", "trainer.devices=2 should be at most data.batch_size=1"),
