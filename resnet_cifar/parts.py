@@ -48,9 +48,11 @@ def build_parts(cfg: DictConfig, classes: tuple[str, ...]) -> Parts:
     network = build_model(cfg.model, len(classes), device, channels_last, cfg.seed)
     for layer in cfg.explain.layers.values():
         check_layer(network, layer)
+    precision = choose_precision(cfg.trainer.precision, device)
+    multiply_matrices_in(precision)
     return Parts(
         device=device,
-        precision=choose_precision(cfg.trainer.precision, device),
+        precision=precision,
         network=network,
         augment=build_augmentation(cfg.augmentation, cfg.data, channels_last),
         classes=classes,
@@ -85,6 +87,11 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def multiply_matrices_in(precision: str) -> None:
+    """Let float32 matrix products outside autocast, which are Muon's, take the faster ways that bf16 allows: oneDNN, TF32."""
+    torch.set_float32_matmul_precision("medium" if precision == "bf16" else "highest")
 
 
 def check_devices(device: torch.device, devices: int) -> None:

@@ -48,6 +48,7 @@ def load(cfg: DictConfig, invocation: Invocation, world: World = ALONE) -> Start
             "It goes on in %s, in which it began; here it would have begun in %s.", state["precision"], built.precision
         )
         built = dataclasses.replace(built, precision=state["precision"])
+        parts.multiply_matrices_in(built.precision)
     train_images, test_images = train_images.to(built.device), test_images.to(built.device)
     held_out = test_images if val_images is None else val_images.to(built.device)
     return Start(built, train_images, held_out, test_images, state)

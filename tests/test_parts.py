@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torchvision
 from torch import nn
 
@@ -112,3 +113,16 @@ assert faults() < 1_000
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("precision", "products"), [("bf16", "medium"), ("fp32", "highest")])
+def test_products_outside_autocast_may_be_faster_under_bf16_alone(precision, products):
+    before = torch.get_float32_matmul_precision()
+    [(cfg, _)] = compose(
+        parse_arguments([f"trainer.precision={precision}", "trainer.device=cpu", "model.width=0.125"])
+    ).jobs
+    try:
+        parts.build_parts(cfg, ("cat", "dog"))
+        assert torch.get_float32_matmul_precision() == products
+    finally:
+        torch.set_float32_matmul_precision(before)
