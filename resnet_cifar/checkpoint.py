@@ -88,7 +88,7 @@ def load(path: Path, network: nn.Module | None = None) -> dict[str, Any]:
 
 def evaluated_weights(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The weights that the run evaluates: their moving average where it keeps one, else the network's own."""
-    averaged = state.get("averaged")  # not in the checkpoints of version 0.1.0
+    averaged = state.get("averaged")  # not in checkpoints from before there was one
     if averaged is None:
         return state["model"]
     return {name.removeprefix("module."): tensor for name, tensor in averaged.items() if name != "n_averaged"}

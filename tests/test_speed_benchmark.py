@@ -70,6 +70,17 @@ def test_sides_take_turns_and_an_error_of_one_comes_back(benchmark, cifar10):
         pass
 
 
+def test_turns_that_go_beyond_a_sides_last_epoch_are_an_error_that_says_so(benchmark, cifar10):
+    competitors = benchmark.competitors
+    device, sizes = competitors.torch.device("cpu"), {"batch_size": 8, "train_size": 16}  # 48 steps in 24 epochs
+    setting = competitors.Setting(0.125, 30, 1, str(cifar10), device, "fp32", **sizes)
+    with (
+        pytest.raises(RuntimeError, match="give less --steps or --repeats"),
+        benchmark.standing_ready(competitors.ours, setting) as turn,
+    ):
+        turn()
+
+
 def test_our_side_trains_on_the_device_that_is_asked_for(benchmark):
     competitors = benchmark.competitors
     setting = competitors.Setting(0.125, 3, 1, "", competitors.torch.device("cuda:1"), "fp32")

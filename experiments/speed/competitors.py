@@ -79,7 +79,7 @@ class TurnWatch(Stopwatch):
 
     def __init__(self, setting: Setting, connection: Connection) -> None:
         super().__init__(setting)
-        self.connection = connection
+        self.connection, self.wanted = connection, True
 
     def step(self) -> bool:
         """Note the end of a step; True after the last of the last turn."""
@@ -87,7 +87,8 @@ class TurnWatch(Stopwatch):
             return False
         self.connection.send(self.images_per_second)
         self.steps = 0
-        return not self.connection.recv()
+        self.wanted = self.connection.recv()
+        return not self.wanted
 
 
 def configuration(setting: Setting) -> DictConfig:
@@ -278,9 +279,12 @@ def training_rate(train: Callable[[Setting, Stopwatch], None], setting: Setting)
 def train_in_turns(train: Callable[[Setting, Stopwatch], None], setting: Setting, connection: Connection) -> None:
     """Train and send images/s, or the error that ended it, for each turn that is asked for through `connection`."""
     torch.manual_seed(0)
+    watch = TurnWatch(setting, connection)
     try:
         with silent():
-            train(setting, TurnWatch(setting, connection))
+            train(setting, watch)
+        if watch.wanted:
+            raise RuntimeError("A side has only 24 epochs, too few for these turns: give less --steps or --repeats.")
     except Exception as error:
         connection.send(error)
 
