@@ -103,7 +103,7 @@ class AlternatingFlip(ScheduledTransform):
 class ProgressiveResize(ScheduledTransform):
     """Images grow from `first` pixels in epoch 1 to their full size in epoch `epochs`, by 4 pixels at a time, and stay there.
 
-    Progressive resizing as in fast.ai's DAWNBench entry (Howard et al., 2018); antialiased
+    `first` is a multiple of 4. Progressive resizing as in fast.ai's DAWNBench entry (Howard et al., 2018); antialiased
     bilinear interpolation.
     """
 

@@ -5,6 +5,7 @@ from typing import Any
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 SERVERS = ("http", "https")
+FIRST_BETA = 0.9  # torch's: given beside it, the second one alone was meant
 
 
 def conflicts(cfg: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
@@ -46,6 +47,9 @@ def _data(cfg: dict[str, Any]) -> Iterator[str]:
     data = cfg["data"]
     if "root" in data["dataset"] and data["dataset"]["root"] is None:
         yield "data.root is empty: it should be the folder that holds the images, or where they are downloaded to"
+    digits = data["dataset"]["_target_"].endswith(".Digits")
+    if digits and cfg["trainer"]["flip_tta"] and cfg["task"] in ("train", "evaluate"):
+        yield "trainer.flip_tta makes other signs of digits: give trainer.flip_tta=false beside data=digits"
     if cfg["task"] not in ("train", "find_lr"):
         return
     size = data["train_size"]
@@ -58,7 +62,7 @@ def _data(cfg: dict[str, Any]) -> Iterator[str]:
                 f"{cfg['trainer']['epochs']}: training would end on small images"
             )
     flips = [each["_target_"] for each in cfg["augmentation"]["transforms"] if each["_target_"].endswith("Flip")]
-    if data["dataset"]["_target_"].endswith(".Digits") and flips:
+    if digits and flips:
         yield f"{flips[0].rpartition('.')[2]} makes other signs of digits: give augmentation=crop_cutout beside data=digits"
 
 
@@ -79,6 +83,12 @@ def _learning_rate(cfg: dict[str, Any], overrides: Sequence[str]) -> Iterator[st
     if cfg["task"] == "train" and cfg["scheduler"].get("cycle_momentum") and "optimizer.momentum" in given:
         yield (
             f"optimizer.momentum={cfg['optimizer']['momentum']} would do nothing: the one-cycle schedule overwrites it;\n"
+            "give scheduler.cycle_momentum=false with it, or ++scheduler.base_momentum and max_momentum in its place"
+        )
+    first_beta = cfg["optimizer"].get("betas", [FIRST_BETA])[0]
+    if cfg["task"] == "train" and cfg["scheduler"].get("cycle_momentum") and first_beta != FIRST_BETA:
+        yield (
+            f"the first of optimizer.betas, {first_beta}, would do nothing: the one-cycle schedule overwrites it;\n"
             "give scheduler.cycle_momentum=false with it, or ++scheduler.base_momentum and max_momentum in its place"
         )
 

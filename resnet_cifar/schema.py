@@ -108,7 +108,7 @@ class Cutout(TypedDict):
 
 @open_to_arguments
 class ProgressiveResize(TypedDict):
-    first: Annotated[int, Field(ge=8, le=32)]  # smaller ones the network pools away
+    first: Annotated[int, Field(ge=8, le=32, multiple_of=4)]  # smaller ones the network pools away
     epochs: Count
 
 
@@ -256,7 +256,7 @@ def _violations(container: dict[str, Any], written: dict[str, Any]) -> Iterator[
     for location, kind, message in _type_errors(container):
         key, given = _locate(written, location)
         if kind == "missing":
-            reasons[f"{key} is required"] = []
+            reasons[f"{'.'.join(map(str, location))} is required"] = []
         elif kind == "extra_forbidden":
             reasons[f"{key} is not a key{did_you_mean(key, set(keys(container)) - {key})}"] = []
         else:
@@ -300,10 +300,11 @@ def _locate(container: Any, location: tuple) -> tuple[str, Any]:
     """The dotted key and its value; parts of pydantic's location that name a union's branch are no part of the key."""
     key: list[str] = []
     for part in location:
-        if not isinstance(container, dict | list):
+        inside = dict(enumerate(container)) if isinstance(container, list) else container
+        if not isinstance(inside, dict) or part not in inside:
             break
         key.append(str(part))
-        container = container.get(part) if isinstance(container, dict) else container[part]
+        container = inside[part]
     return ".".join(key), container
 
 

@@ -53,6 +53,14 @@ def test_the_augmentation_chosen_by_hand_wins_over_the_one_of_digits():
     assert composed("data=digits", "augmentation=none").augmentation.transforms == []
 
 
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+def test_the_groups_chosen_by_hand_win_over_those_of_a_preset(preset):
+    cfg = composed(f"experiment={preset}", "augmentation=none", "optimizer=adam", "data=digits")
+    assert cfg.augmentation.transforms == []
+    assert cfg.optimizer._target_ == "torch.optim.Adam"
+    assert cfg.data.dataset._target_ == "resnet_cifar.data.Digits"
+
+
 def test_a_preset_is_a_delta_whose_header_says_purpose_and_command():
     for path in (CONF / "experiment").glob("*.yaml"):
         lines = path.read_text(encoding="utf-8").splitlines()
