@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from resnet_cifar.compose import quoted
+from resnet_cifar.console import nobody_reads
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord
 from resnet_cifar.tracked_run import NoRun, run_page
 
@@ -26,6 +28,18 @@ LOCAL_SERVER = "http://127.0.0.1:5000"  # where `mlflow ui` serves a database
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
 
 log = logging.getLogger(__name__)
+
+
+class Bar(tqdm):
+    """A bar with lines above it, as long as these are read."""
+
+    @classmethod
+    def write(cls, *arguments: Any, **options: Any) -> None:
+        """A line above the bars."""
+        try:
+            super().write(*arguments, **options)
+        except BrokenPipeError:
+            nobody_reads()
 
 
 class ProgressDisplay:
@@ -38,14 +52,14 @@ class ProgressDisplay:
         self.epochs, self.num_images, self.batch_size = epochs, num_images, batch_size
         self.evaluated_on, self.costs = evaluated_on, costs
         self.steps_per_epoch = -(-num_images // batch_size)
-        self.bar: tqdm | None = None
+        self.bar: Bar | None = None
         self.started, self.steps_timed = 0.0, -1  # the first step warms up and only starts the clock
         self.redirection = ExitStack()
 
     def __enter__(self) -> "ProgressDisplay":
         with warnings.catch_warnings(action="ignore"):  # about notebook widgets, which this bar does without
             from tqdm.contrib.logging import logging_redirect_tqdm
-        self.redirection.enter_context(logging_redirect_tqdm())
+        self.redirection.enter_context(logging_redirect_tqdm(tqdm_class=Bar))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -57,7 +71,7 @@ class ProgressDisplay:
         if self.bar is None:
             # A notebook's streams are no terminals, yet it draws bars, and in one stream with the lines they stay in order.
             in_notebook = type(sys.stdout).__module__ == "ipykernel.iostream"
-            self.bar = tqdm(
+            self.bar = Bar(
                 total=self.steps_per_epoch,
                 initial=progress.batch - 1,
                 desc=f"epoch {self._of_epochs(record.epoch)}",
