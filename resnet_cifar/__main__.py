@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from resnet_cifar import sweep, sweep_worker
 from resnet_cifar.compose import CONF, VERSION_BASE, Composition, compose, parse_arguments
+from resnet_cifar.console import nobody_reads
 from resnet_cifar.errors import ConfigError, StorageError, UserError
 from resnet_cifar.passwords import without_passwords
 
@@ -46,8 +47,7 @@ def main() -> None:
         except UserError as error:
             end(error, error.exit_code)
         except BrokenPipeError:
-            # The reader of `run.py --help | head` has gone: nobody to tell, and Python's own flush at exit must not try.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            nobody_reads()
             sys.exit(BROKEN_PIPE)
         except OSError as error:
             end(error, StorageError.exit_code, f"output_dir cannot be written: {short(error)}")
@@ -86,6 +86,10 @@ def check_command_line(argv: list[str]) -> Composition | None:
         if composition.sweep is None and (cfg.sweep.dry_run or cfg.sweep.rerun == "all"):
             key = "dry_run=true" if cfg.sweep.dry_run else "rerun=all"
             raise ConfigError(f"sweep.{key} would do nothing for a single run: give it with -m")
+        if cfg.resume is None and composition.folder is not None and (composition.folder / "config.yaml").exists():
+            from resnet_cifar.recording import check_unused  # late: torch alone takes seconds
+
+            check_unused(composition.folder)  # before Hydra writes into it
     return composition
 
 
@@ -105,8 +109,12 @@ def job(cfg: DictConfig) -> float | None:
             return None
         if stop.code in (INTERRUPTED, TERMINATED):
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                again = "The same command again" if cfg.sweep.rerun != "all" else "The same without sweep.rerun=all"
-                print(f"{again} goes on with the whole sweep.", file=sys.stderr)
+                print(
+                    "Without sweep.rerun=all the same command keeps all finished runs, older ones too, and does the rest."
+                    if cfg.sweep.rerun == "all"
+                    else "The same command again goes on with the whole sweep.",
+                    file=sys.stderr,
+                )
             raise
         fail(cfg, stop, stop.code if isinstance(stop.code, int) else UserError.exit_code)
     except UserError as error:

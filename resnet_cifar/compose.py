@@ -7,7 +7,7 @@ import secrets
 import shlex
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,14 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Composition:
-    """What a command line asks for: configuration and overrides of every job, and the sweep they belong to, if they do."""
+    """What a command line asks for: configuration and overrides of every job, and the sweep they belong to, or the run's folder.
+
+    The folder is None too where its name has no value, which the check of every value says.
+    """
 
     jobs: list[tuple[DictConfig, list[str]]]
     sweep: Sweep | None = None
+    folder: Path | None = None
 
 
 def outputs() -> str:
@@ -69,14 +73,27 @@ def presets() -> str:
     for path in sorted((CONF / "experiment").glob("*.yaml")):
         comments = [line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
         purpose = next((line for line in comments if not line.startswith("@package")), "")
-        text = f"{path.stem:<14}{purpose}".rstrip()
-        lines += textwrap.wrap(text, 80, initial_indent="  ", subsequent_indent=16 * " ", break_on_hyphens=False)
+        lines += _in_columns(path.stem, purpose)
     return "\n".join(lines)
+
+
+def groups() -> str:
+    """The `${groups:}` of the help text: the options of each group of conf/ but the presets."""
+    lines = []
+    for folder in sorted(path for path in CONF.iterdir() if path.is_dir() and path.name not in ("experiment", "hydra")):
+        lines += _in_columns(folder.name, ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))))
+    return "\n".join(lines)
+
+
+def _in_columns(name: str, text: str) -> list[str]:
+    line = f"{name:<14}{text}".rstrip()
+    return textwrap.wrap(line, 80, initial_indent="  ", subsequent_indent=16 * " ", break_on_hyphens=False)
 
 
 # When imported, so that the worker processes of a parallel launcher have them too.
 OmegaConf.register_new_resolver("outputs", outputs, replace=True)
 OmegaConf.register_new_resolver("presets", presets, replace=True)
+OmegaConf.register_new_resolver("groups", groups, replace=True)
 OmegaConf.register_new_resolver("gpus_of_a_job", gpus_of_a_job, replace=True)
 OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(3), use_cache=True, replace=True)
 
@@ -154,7 +171,10 @@ def _composition(hydra: Hydra, arguments: argparse.Namespace) -> Composition:
     loader.validate_sweep_overrides_legal(given, mode, from_shell=True)
     overrides = _as_written(cfg)
     if mode == RunMode.RUN:
-        return Composition([(_without_hydra(cfg), overrides)])
+        folder = None
+        with suppress(OmegaConfBaseException):
+            folder = Path(str(cfg.hydra.run.dir)).absolute()
+        return Composition([(_without_hydra(cfg), overrides)], folder=folder)
     if not cfg.hydra.sweeper["_target_"].endswith(".BasicSweeper"):
         # The sweeper makes its jobs up while it runs: what can be known before is what they have in common.
         return _with_sweep([(cfg, overrides)], overrides, known=False)
@@ -171,8 +191,8 @@ def _with_sweep(jobs: list[tuple[DictConfig, list[str]]], overrides: list[str], 
     composed = [(_without_hydra(cfg), job) for cfg, job in jobs]
     try:
         name = sweep_id(overrides, [config_hash(cfg) for cfg, _ in composed])
-    except OmegaConfBaseException:
-        return Composition(composed)  # the check of every value, which comes next, says which has nothing behind it
+    except (OmegaConfBaseException, TypeError, AttributeError):
+        return Composition(composed)  # the check of every value comes next, and says which is wrong
     folder = Path(launched[0].hydra.sweep.dir.replace(SWEEP_ID, name)).absolute()
     folders = []
     for number, cfg in enumerate(launched if known else []):

@@ -85,7 +85,7 @@ def with_checkpoint(cfg: DictConfig, overrides: tuple[str, ...]) -> tuple[DictCo
                 value = OmegaConf.select(cfg, key)
                 OmegaConf.update(chosen, key.removeprefix(f"{section}."), value, force_add=True)
         OmegaConf.update(cfg, section, chosen, merge=False)
-    if "root" in cfg.data.dataset:
+    if "data.root" in typed and "data.dataset.root" not in typed and "root" in cfg.data.dataset:
         cfg.data.dataset.root = cfg.data.root
     try:
         schema.check(cfg)

@@ -18,13 +18,12 @@ from resnet_cifar import checkpoint, parts, provenance, report, resume, sweep, t
 from resnet_cifar.data import Images, steps_per_epoch, training_batches
 from resnet_cifar.deployed_model import DeployedModel
 from resnet_cifar.distributed import ALONE, World
-from resnet_cifar.errors import StorageError
 from resnet_cifar.evaluation import evaluate_and_explain, evaluate_checkpoint, explain_checkpoint, log_flip_accuracy
 from resnet_cifar.fingerprint import config_hash, source_hash
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord, Training, diverged, fit
 from resnet_cifar.lr_finder import range_test, suggest
 from resnet_cifar.progress import ProgressDisplay, setting
-from resnet_cifar.recording import Invocation, epoch_metrics, log_range_test, recorded, run_id
+from resnet_cifar.recording import Invocation, check_unused, epoch_metrics, log_range_test, recorded, run_id
 from resnet_cifar.signals import StopRequest, do_nothing, stop_requests
 from resnet_cifar.sync import sync_all
 from resnet_cifar.tracked_run import NoRun
@@ -37,11 +36,8 @@ log = logging.getLogger(__name__)
 def run(cfg: DictConfig) -> float | None:
     """Do `cfg.task` in Hydra's run folder; `train` returns the accuracy (%) that runs are compared by, the others nothing."""
     cfg, invocation = asked_for(cfg)
-    if not invocation.resumed and (invocation.folder / "config.yaml").exists():
-        raise StorageError(
-            f"{invocation.folder} holds a run already: give another folder, or none, as hydra.run.dir,\n"
-            f"or go on with the run: python run.py {setting('resume', invocation.folder)}"
-        )
+    if not invocation.resumed:
+        check_unused(invocation.folder)
     tasks = {
         "train": train,
         "find_lr": find_lr,
@@ -87,14 +83,17 @@ def train_in_processes(cfg: DictConfig, invocation: Invocation) -> None:
     """`trainer.devices` processes, of which the first does all that one alone does; whatever ends one ends the run."""
     device = parts.choose_device(cfg.trainer.device)
     parts.check_devices(device, cfg.trainer.devices)
-    before = (sweep.status(invocation.folder)[0] if invocation.resumed else "") or None
+    ending = invocation.folder / sweep.STATUS
+    before = ending.stat().st_mtime_ns if ending.exists() else None
     logs = OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)
     try:
         launch(cfg.trainer.devices, device.type, logs, take_part, cfg, invocation)
     except Exception as error:
         known = run_id(invocation.folder)
-        if known is not None and sweep.status(invocation.folder)[0] not in ("FAILED", before):
-            # The process that recorded the run was killed.
+        begun = known is not None if cfg.tracking.uri else (invocation.folder / "config.yaml").exists()
+        as_before = before is not None and ending.exists() and ending.stat().st_mtime_ns == before
+        if begun and not as_before and sweep.status(invocation.folder)[0] != "FAILED":
+            # The process that recorded the run was killed, or ended as if it had been stopped.
             stopped = dataclasses.replace(invocation, resumed=True, run_id=known)
             with contextlib.suppress(BaseException), recorded(cfg, stopped, {}):
                 raise error

@@ -8,18 +8,21 @@ from resnet_cifar import schema
 from resnet_cifar.compose import compose, parse_arguments, start_job
 from resnet_cifar.errors import ConfigError
 from resnet_cifar.experiment import asked_for
-from resnet_cifar.recording import Invocation
+from resnet_cifar.recording import Invocation, check_unused
 
 
 def begin(*overrides: str) -> tuple[DictConfig, Invocation]:
     """What `run.py` with these overrides would run, in a new run folder: for `experiment.train_in_stages`.
 
-    Raises ConfigError for what cannot be run, before anything is written.
+    Raises ConfigError for what cannot be run, StorageError for a folder that holds a run, before anything is written.
     """
-    for cfg, given in compose(parse_arguments(overrides)).jobs:
+    composition = compose(parse_arguments(overrides))
+    for cfg, given in composition.jobs:
         schema.check(cfg, given)
         if cfg.trainer.devices > 1:
             raise ConfigError("trainer.devices: a notebook trains in its own process; give more to python run.py")
+        if composition.folder is not None:
+            check_unused(composition.folder)
     return start_job(overrides, asked_for)
 
 

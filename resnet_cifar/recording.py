@@ -19,7 +19,7 @@ from resnet_cifar.environment import without_environment
 from resnet_cifar.errors import CheckpointError, StorageError
 from resnet_cifar.loop import EpochRecord
 from resnet_cifar.passwords import without_passwords
-from resnet_cifar.progress import shown, where_to_look
+from resnet_cifar.progress import setting, shown, where_to_look
 from resnet_cifar.report import read_csv
 from resnet_cifar.signals import exit_on_sigterm, ignored
 from resnet_cifar.tracked_run import NoRun
@@ -106,6 +106,15 @@ def recorded(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, s
         _end(folder, tracked_run, "FINISHED", None)
     if not invocation.place:  # a sweep says where to look once, at its end
         log.info("%s", where_to_look(cfg.task, folder, tracked_run))
+
+
+def check_unused(folder: Path) -> None:
+    """Raise StorageError where the folder holds a run already."""
+    if (folder / "config.yaml").exists():
+        raise StorageError(
+            f"{folder} holds a run already: give another folder, or none, as hydra.run.dir,\n"
+            f"or go on with the run: python run.py {setting('resume', folder)}"
+        )
 
 
 @contextmanager

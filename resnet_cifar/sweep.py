@@ -17,8 +17,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from resnet_cifar.compose import HYDRA_FILE, Composition, quoted
+from resnet_cifar.environment import without_environment
 from resnet_cifar.errors import ConfigError, StorageError, UserError
-from resnet_cifar.fingerprint import config_hash
+from resnet_cifar.fingerprint import config_hash, source_hash
 
 PLAN, FAILED, STATUS, SUMMARY_ERROR = "sweep.json", "failed_jobs.txt", "status.txt", "summary_error.txt"
 RUN, RESUME, SKIP = "run", "resume", "skip"
@@ -48,6 +49,7 @@ class Plan:
     id: str
     folder: str
     command: list[str]
+    source: str
     jobs: list[Job]
 
     def save(self) -> None:
@@ -60,6 +62,12 @@ def load_plan(folder: Path) -> Plan:
     """The plan of the sweep in `folder`."""
     plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     return Plan(**{**plan, "jobs": [Job(**job) for job in plan["jobs"]]})
+
+
+def is_of_this_source(folder: Path) -> bool:
+    """Whether the package's source is the one by which the sweep in `folder` ran last: a folder given by hand outlives it."""
+    path = folder / PLAN
+    return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("source") == source_hash()
 
 
 def prepare(argv: Sequence[str], composition: Composition) -> list[str]:
@@ -100,17 +108,18 @@ def prepare(argv: Sequence[str], composition: Composition) -> list[str]:
 
 
 def _plan(argv: Sequence[str], composition: Composition, finished: dict[str, Path]) -> Plan:
-    jobs = []
+    jobs, same_source = [], is_of_this_source(composition.sweep.folder)
     for number, values in enumerate(varied([overrides for _, overrides in composition.jobs])):
         if number == len(composition.sweep.job_folders):
             break
         cfg, folder = composition.jobs[number][0], composition.sweep.job_folders[number]
         key = config_hash(cfg)
-        goes_on = cfg.sweep.rerun != "all" and is_stopped(folder, cfg)
+        goes_on = cfg.sweep.rerun != "all" and same_source and is_stopped(folder, cfg)
         action = SKIP if key in finished else RESUME if goes_on else RUN
         result = str(finished.get(key, folder))
-        jobs.append(Job(number, job_name(values, cfg.tracking.run_name), values, key, action, str(folder), result))
-    return Plan(composition.sweep.id, str(composition.sweep.folder), list(argv), jobs)
+        run_name = without_environment(cfg)["tracking"]["run_name"]
+        jobs.append(Job(number, job_name(values, run_name), values, key, action, str(folder), result))
+    return Plan(composition.sweep.id, str(composition.sweep.folder), list(argv), source_hash(), jobs)
 
 
 def varied(jobs: Sequence[Sequence[str]]) -> list[dict[str, str]]:

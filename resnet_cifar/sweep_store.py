@@ -20,7 +20,7 @@ from resnet_cifar.errors import StorageError
 from resnet_cifar.fingerprint import config_hash, source_hash
 from resnet_cifar.progress import LOCAL_SERVER, shown_uri
 from resnet_cifar.store_errors import user_errors
-from resnet_cifar.sweep import SKIP, configuration, status
+from resnet_cifar.sweep import SKIP, configuration, is_of_this_source, status
 from resnet_cifar.sync import sync_all
 from resnet_cifar.tracked_run import NoRun, run_page
 
@@ -45,6 +45,8 @@ def finished_runs(settings: DictConfig, composition: Composition) -> dict[str, P
     """
     hashes = [config_hash(cfg) for cfg, _ in composition.jobs]
     if settings.tracking.uri is None:
+        if not is_of_this_source(composition.sweep.folder):
+            return {}
         there = zip(hashes, composition.sweep.job_folders, strict=False)
         return {key: folder for key, folder in there if status(folder)[0] == "FINISHED" and _holds(folder, key)}
     if composition.sweep.folder.exists() and not settings.sweep.dry_run:

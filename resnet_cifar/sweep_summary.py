@@ -1,6 +1,7 @@
 """The end of a sweep: its leaderboard on the terminal, in files, with figures, and as one summary run in MLflow."""
 
 import csv
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -34,7 +35,7 @@ def publish(folder: Path, settings: DictConfig) -> None:
     found = leaderboard.results(plan)
     rows, metric = leaderboard.table(found), leaderboard.ranked_by(found)
     heading = f"Sweep {plan.id}: {len(found)} jobs, ranked by {metric}"
-    command = f"`python run.py {' '.join(plan.command)}`\n"
+    command = f"`python run.py {shlex.join(plan.command)}`\n"
     table = f"# {heading}\n\n{leaderboard.verdict(rows)}\n\n{leaderboard.markdown(rows)}\n\n{command}"
     leaderboard.write_csv(folder / "leaderboard.csv", rows)
     leaderboard.write_csv(folder / "runs.csv", leaderboard.rows_of_runs(found))

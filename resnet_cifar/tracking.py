@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock
 
 from resnet_cifar.artifact_files import artifact_location, link_or_copy, local_folder
-from resnet_cifar.delivery import Journal, Record
+from resnet_cifar.delivery import Journal, Record, read_records
 from resnet_cifar.errors import CheckpointError, ConfigError, StorageError
 from resnet_cifar.passwords import has_password, without_passwords
 from resnet_cifar.process_identity import identity, is_alive, is_gone, origin
@@ -190,7 +190,12 @@ class Store:
         """Ends as KILLED the runs of this host that are RUNNING although their process is gone."""
         mine = f"attributes.status = 'RUNNING' and tags.`process.host` = '{identity(Path())['process.host']}'"
         for run in self.client.search_runs([experiment_id], mine, max_results=1000):
-            if is_gone(run.data.tags):
+            if is_gone(run.data.tags) and _has_ended(run):
+                log.warning(
+                    "The end of run %s (%s) has not arrived yet. Send it: python run.py task=sync",
+                    *(run.info.run_name, run.info.run_id),
+                )
+            elif is_gone(run.data.tags):
                 self.mark_killed(run)
                 log.warning(
                     "The process of run %s (%s) is gone; the run is KILLED now. Continue it: python run.py resume=%s",
@@ -286,6 +291,13 @@ class Store:
         # An exported graph stays on its device, and MLflow would ask for CUDA where there is one.
         description.flavors["python_function"]["config"]["device"] = "cpu"
         description.save(str(path / "MLmodel"))
+
+
+def _has_ended(run: "MlflowRun") -> bool:
+    """Whether the run's journal has an end that the store did not take."""
+    journal = Path(run.data.tags.get("process.folder", "/nowhere"), "tracking.jsonl")
+    turns = [record for record in read_records(journal) if record["kind"] in ("start", "finish")]
+    return bool(turns) and (turns[-1]["run"], turns[-1]["kind"]) == (run.info.run_id, "finish")
 
 
 def _resumable(run: "MlflowRun") -> str:

@@ -14,7 +14,7 @@ STUDIES = """
 tiny:
   seeds: [0]
   all: >-
-    data=digits data.train_size=64 data.test_size=20 data.batch_size=32 model.width=0.125 trainer.epochs=1
+    data.train_size=64 data.test_size=20 data.batch_size=32 model.width=0.125 trainer.epochs=1
     scheduler.max_lr=0.01 explain.num_images=1 trainer.flip_tta=true output_dir={outputs}
   rows:
     first: ""
@@ -42,8 +42,8 @@ def measure(tmp_path, outputs):
     return run
 
 
-def test_what_is_missing_is_measured_and_what_is_there_is_not(measure):
-    _, rows = measure("--rows", "first")
+def test_what_is_missing_is_measured_and_what_is_there_is_not(measure, cifar10):
+    _, rows = measure("--rows", "first", "--data-root", str(cifar10))
     assert [(row["row"], row["seed"], row["split"], row["epochs"]) for row in rows] == [("first", "0", "test", "1")]
     assert 0 <= float(rows[0]["accuracy"]) <= 100 and 0 <= float(rows[0]["accuracy_flip_tta"]) <= 100
     history = list(csv.DictReader((measure.folder / "histories" / "tiny" / "first_seed_0.csv").open()))

@@ -224,6 +224,15 @@ def test_a_killed_process_ends_the_whole_run_as_failed(start, outputs):
     assert run.info.status == "FAILED" and "SIGKILL" in run.data.tags["mlflow.note.content"]
 
 
+def test_the_death_of_a_process_fails_an_untracked_run_too(start, outputs):
+    command = start("tracking=none")
+    folder, processes = in_the_midst(command, outputs)
+    workers = [pid for pid in processes if b"multiprocessing-fork" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(min(workers), signal.SIGKILL)  # the first to be started, which writes the run's files
+    assert command.ends() == 1, command.output
+    assert (folder / "status.txt").read_text().startswith("FAILED") and not alive(processes)
+
+
 # What is refused
 
 

@@ -321,6 +321,16 @@ def test_what_is_typed_wins_over_the_checkpoints_configuration(trained, monkeypa
     assert (cfg.data.test_size, cfg.data.batch_size, cfg.data.train_size, cfg.model.width) == (30, 20, 120, 0.125)
 
 
+def test_the_images_are_where_was_typed_else_where_they_were_in_training(trained, tmp_path):
+    state = checkpoint.load(trained.folder)
+    data = compose(parse_arguments(["data.root=/training"])).jobs[0][0].data
+    state["config"]["data"] = OmegaConf.to_container(data, resolve=True)
+    checkpoint.save(state, tmp_path)
+    assert evaluated(tmp_path).data.dataset.root == "/training"
+    assert evaluated(tmp_path, "data.root=/here").data.dataset.root == "/here"
+    assert evaluated(tmp_path, "data.dataset.root=/there").data.dataset.root == "/there"
+
+
 def test_a_checkpoint_with_a_forged_configuration_is_refused(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("CANARY", CANARY)
     state = checkpoint.load(trained.folder)
@@ -348,8 +358,9 @@ def test_held_out_images_are_looked_at_each_epoch_and_the_test_once(start):
     assert "lr_finder/lr" not in run.tracked.data.metrics
 
 
-def test_the_ingredients_of_more_accurate_trainings_work_together(start):
+def test_the_ingredients_of_more_accurate_trainings_work_together(start, cifar10):
     ingredients = (
+        *("data=cifar10", f"data.root={cifar10}"),
         *("optimizer=sgd", "scheduler.max_lr=0.05", f"augmentation.transforms=[{REFLECTED},{SMALL_FIRST}]"),
         *("trainer.label_smoothing=0.1", "trainer.ema_decay=0.5", "trainer.flip_tta=true", "model.logit_scale=0.125"),
         *("param_groups.norm_bias_lr_factor=4", "param_groups.decay_norm_and_bias=false", "trainer.precision=fp32"),
@@ -450,10 +461,10 @@ def test_a_package_installed_inside_another_projects_checkout_has_no_commit(monk
 
 
 def test_a_folder_that_holds_a_run_takes_no_second_one(trained, start):
-    before = {name: (trained.folder / name).read_bytes() for name in ("config.yaml", "history.csv")}
+    before = {path: path.read_bytes() for path in trained.folder.rglob("*") if path.is_file()}
     again = start(f"hydra.run.dir={trained.folder}", "seed=1", base=trained, CANARY="x")
     assert again.code == 5 and "holds a run already" in again.output
-    assert before == {name: (trained.folder / name).read_bytes() for name in before}
+    assert before == {path: path.read_bytes() for path in trained.folder.rglob("*") if path.is_file()}
 
 
 def test_a_checkpoint_of_another_model_ends_with_4(trained, commands, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from nbclient import NotebookClient
 
 from resnet_cifar import notebook
-from resnet_cifar.errors import ConfigError
+from resnet_cifar.errors import ConfigError, StorageError
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "experiments" / "session_10" / "session_10.ipynb"
@@ -68,3 +68,10 @@ def test_a_wrong_setting_is_refused_before_a_folder_is_made(tmp_path):
     with pytest.raises(ConfigError, match=r"trainer\.epochs"):
         notebook.begin("trainer.epochs=0", f"output_dir={tmp_path}/outputs")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(StorageError, match="holds a run already"):
+        notebook.begin(f"hydra.run.dir={tmp_path}")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]

@@ -1,6 +1,7 @@
 """Sweeps: what runs, what is skipped, what a failure and a kill leave, the leaderboard. Launchers: test_launchers.py."""
 
 import json
+import shlex
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from sweep_results import SWEEP, assert_one_run_for_each_seed, assert_seeds_1_an
 
 from resnet_cifar import leaderboard, sweep, sweep_figures, sweep_store, sweep_summary
 from resnet_cifar.compose import compose, parse_arguments, quoted
-from resnet_cifar.fingerprint import config_hash
+from resnet_cifar.fingerprint import config_hash, source_hash
 from resnet_cifar.leaderboard import Result
 from resnet_cifar.tracked_run import NoRun
 
@@ -22,12 +23,14 @@ STEPS_PER_JOB = 16
 
 
 def test_failing_jobs_are_recorded_the_others_run_and_the_same_command_finishes_the_rest(commands, outputs, tmp_path):
-    arguments = [*SWEEP, "seed=0,1,2,3", f"output_dir={outputs}"]
+    arguments = [*SWEEP, "seed=range(0,4)", f"output_dir={outputs}"]
     command = commands(*arguments, printed=tmp_path / "out", fault=some_seeds_fail)
     assert command.ends() == 1, command.output
     assert_seeds_1_and_2_failed(outputs, command.output)
     assert command.output.count("task=explain") == 0  # one run's next step; a sweep has its own end
     assert "#1, 2 to follow: seed=1" in command.output
+    [table] = (outputs / "sweeps").glob("*/leaderboard.md")
+    assert f"`python run.py {shlex.join(arguments)}`" in table.read_text()  # to be pasted into a shell
     [summary], client = runs(outputs)[1:]
     client.set_tag(summary.info.run_id, "sweep", summary.data.tags["sweep_summary"])
     client.delete_tag(summary.info.run_id, "sweep_summary")  # as summaries of earlier versions had it
@@ -122,6 +125,7 @@ def finished(tmp_path):
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "config.yaml").write_text(OmegaConf.to_yaml(of_0))
     (tmp_path / "0" / "status.txt").write_text("FINISHED\n")
+    sweep.Plan("id", str(tmp_path), [], source_hash(), []).save()
     return tmp_path / "0", of_0, of_1
 
 
@@ -134,6 +138,32 @@ def test_a_folder_given_by_hand_with_another_sweeps_runs_is_not_taken_for_this_o
     (folder / ".hydra").mkdir()
     (folder / ".hydra" / "hydra.yaml").touch()
     assert sweep.is_stopped(folder, of_0) and not sweep.is_stopped(folder, of_1)
+
+
+def test_after_a_change_of_the_source_nothing_in_a_folder_given_by_hand_is_finished_or_goes_on(finished):
+    folder, of_0, _ = finished
+    composition = composed("seed=0,1", "tracking=none", f"hydra.sweep.dir={folder.parent}")
+
+    def planned():
+        return sweep._plan([], composition, sweep_store.finished_runs(of_0, composition)).jobs[0].action
+
+    assert planned() == sweep.SKIP
+    (folder / "status.txt").unlink()
+    (folder / ".hydra").mkdir()
+    (folder / ".hydra" / "hydra.yaml").touch()
+    assert planned() == sweep.RESUME
+    sweep.Plan("id", str(folder.parent), [], "another source", []).save()
+    assert planned() == sweep.RUN
+    (folder / "status.txt").write_text("FINISHED\n")
+    assert planned() == sweep.RUN
+
+
+def test_a_secret_in_a_sweeps_name_is_not_written_down(monkeypatch):
+    monkeypatch.setenv("CANARY", "s3cr3t")
+    composition = composed("seed=0,1", "tracking.run_name='night ${oc.env:CANARY}'")
+    assert [job.name for job in sweep._plan([], composition, {}).jobs] == [
+        f"night ${{oc.env:CANARY}} seed={seed}" for seed in (0, 1)
+    ]
 
 
 def test_a_run_that_was_set_aside_is_not_looked_for_in_the_folder_of_its_successor(finished, tmp_path):
@@ -243,7 +273,7 @@ def found_in(tmp_path, *folders, action=sweep.RUN):
     jobs = [
         sweep.Job(n, folder, {"checkpoint": folder[-1]}, "", action, folder, folder) for n, folder in enumerate(folders)
     ]
-    return leaderboard.results(sweep.Plan("id", str(tmp_path), ["-m"], jobs))
+    return leaderboard.results(sweep.Plan("id", str(tmp_path), ["-m"], source_hash(), jobs))
 
 
 def test_jobs_that_evaluate_are_ranked_without_a_history(tmp_path):
@@ -376,7 +406,7 @@ def test_a_run_that_a_process_works_on_is_not_set_aside(commands, outputs, tmp_p
 
 def test_a_plan_survives_its_file(tmp_path):
     job = sweep.Job(0, "seed=0", {"seed": "0"}, "abc", sweep.RUN, str(tmp_path / "0"), str(tmp_path / "0"))
-    plan = sweep.Plan("id", str(tmp_path), ["-m", "seed=0"], [job])
+    plan = sweep.Plan("id", str(tmp_path), ["-m", "seed=0"], source_hash(), [job])
     plan.save()
     assert sweep.load_plan(tmp_path) == plan
     assert json.loads((tmp_path / sweep.PLAN).read_text())["jobs"][0]["name"] == "seed=0"

@@ -322,6 +322,24 @@ def test_a_killed_process_leaves_a_run_that_the_next_start_ends(database, client
     alive.finish("FINISHED")
 
 
+def test_a_dead_run_whose_end_is_still_in_its_journal_is_not_ended_as_killed(
+    database, client, tmp_path, patient, caplog
+):
+    process = start_elsewhere(database, tmp_path / "ended", "time.sleep(600)")
+    ended = process.stdout.readline().strip()
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    process.stderr.close()
+    journal = Journal(tmp_path / "ended")  # as if its end had met a store that was down
+    journal.append(ended, "finish", status="FINISHED", note=None)
+    journal.close()
+    start(database, tmp_path / "next").finish("FINISHED")
+    assert client.get_run(ended).info.status == "RUNNING" and "task=sync" in caplog.text
+    sync_all(tmp_path)
+    assert client.get_run(ended).info.status == "FINISHED"
+
+
 def test_runs_of_other_hosts_are_left_alone(database, client, tmp_path, patient):
     experiment = client.create_experiment("e", artifact_location=(tmp_path / "artifacts").as_uri())
     tags = {**identity(tmp_path), "process.host": "elsewhere", "process.started": "1"}
