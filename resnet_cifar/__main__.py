@@ -100,7 +100,8 @@ def job(cfg: DictConfig) -> float | None:
             return None
         if "joblib" in HydraConfig.get().launcher["_target_"]:
             sweep_worker.end_with_sweep()
-            sweep_worker.take_gpus(Path(HydraConfig.get().sweep.dir), cfg.trainer.devices)
+            if cfg.trainer.device in ("auto", "cuda"):  # another names its own
+                sweep_worker.take_gpus(Path(HydraConfig.get().sweep.dir), cfg.trainer.devices)
         from resnet_cifar import experiment  # late: torch alone takes seconds
 
         return experiment.run(cfg)

@@ -78,10 +78,10 @@ def presets() -> str:
 
 
 def groups() -> str:
-    """The `${groups:}` of the help text: the options of each group of conf/ but the presets."""
-    lines = []
-    for folder in sorted(path for path in CONF.iterdir() if path.is_dir() and path.name not in ("experiment", "hydra")):
-        lines += _in_columns(folder.name, ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))))
+    """The `${groups:}` of the help text: the options of each group but the presets, those of `--config-dir` among them."""
+    loader, lines = GlobalHydra.instance().config_loader(), []
+    for group in sorted(set(loader.list_groups("")) - {"experiment", "hydra"}):
+        lines += _in_columns(group, ", ".join(sorted(loader.get_group_options(group))))
     return "\n".join(lines)
 
 
@@ -181,6 +181,10 @@ def _composition(hydra: Hydra, arguments: argparse.Namespace) -> Composition:
     params = [f"{key}={value}" for key, value in (cfg.hydra.sweeper.params or {}).items()]
     parsed = OverridesParser.create(config_loader=loader).parse_overrides([*params, *overrides])
     jobs = BasicSweeper.split_arguments(parsed, None)[0]
+    if not jobs:
+        raise ConfigError(
+            f"the sweep has no job, since a glob() in it matches nothing: {' '.join([*params, *overrides])}"
+        )
     composed = [(loader.load_sweep_config(cfg, list(job)), list(job)) for job in jobs]
     return _with_sweep(composed, [*params, *overrides], known=True)
 
@@ -221,7 +225,10 @@ def _reason(error: Exception, arguments: argparse.Namespace) -> str:
         key, equals, value = str(error.override).partition("=")
         if not equals:
             return f"cannot read {key}: settings are written key=value"
-        written = shlex.quote(f"{key}={quoted(value)}")
+        if value.startswith("~"):
+            return f"cannot read {error.override}: write the home folder out, {key}=$HOME{value[1:]}"
+        written = f"{key}={quoted(value)}"
+        written = shlex.quote(written) if set('$`"\\!') & set(written) else f'"{written}"'
         return f"cannot read {error.override}: special characters want quotes, the shell's and Hydra's: {written}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _missing_option(error)
@@ -235,6 +242,12 @@ def _reason(error: Exception, arguments: argparse.Namespace) -> str:
         key = unknown[1]
         given = [override.partition("=") for override in arguments.overrides]
         value = next((equals + value for name, equals, value in given if name == key), "")
+        if key.startswith("hydra.launcher."):
+            return f"{key} is no key of this launcher: it goes with another, such as hydra/launcher=parallel"
+        section, _, name = key.partition(".")
+        options = [path.stem for path in sorted((CONF / section).glob("*.yaml")) if name in OmegaConf.load(path)]
+        if options:
+            return f"{key} is not a key here: it goes with {' or '.join(f'{section}={option}' for option in options)}"
         return f"{key} is not a key{did_you_mean(key, _known_keys(arguments), value)}"
     return f"{first_line} (given: {' '.join(arguments.overrides)})"
 
@@ -258,5 +271,6 @@ def _known_keys(arguments: argparse.Namespace) -> list[str]:
                 cfg = hydra.config_loader.load_configuration("config", overrides, RunMode.MULTIRUN)
         except ConfigCompositionException:
             continue
-        return [*keys(OmegaConf.to_container(_without_hydra(cfg), resolve=False)), *groups]
+        known = keys(OmegaConf.to_container(_without_hydra(cfg), resolve=False))
+        return [*(key for key in known if not key.endswith("._target_")), *groups]
     return []

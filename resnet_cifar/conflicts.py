@@ -71,7 +71,10 @@ def _learning_rate(cfg: dict[str, Any], overrides: Sequence[str]) -> Iterator[st
     max_lr = cfg["scheduler"].get("max_lr")
     searched = cfg["task"] == "find_lr" or (cfg["task"] == "train" and max_lr == "find")
     if searched and end <= start:
-        yield f"lr_finder.end_lr={end} should be above optimizer.lr={start}, where the LR finder starts"
+        yield (
+            f"lr_finder.end_lr={end} should be above optimizer.lr={start}, where the LR finder starts;\n"
+            "to train without a search give the peak: scheduler.max_lr"
+        )
     if searched and cfg["param_groups"]["norm_bias_lr_factor"] != 1:
         yield "param_groups.norm_bias_lr_factor would do nothing in the LR finder: give scheduler.max_lr as a number"
     given = {override.lstrip("+").partition("=")[0] for override in overrides}

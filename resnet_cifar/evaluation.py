@@ -91,6 +91,8 @@ def with_checkpoint(cfg: DictConfig, overrides: tuple[str, ...]) -> tuple[DictCo
         schema.check(cfg)
     except ConfigError as error:
         reason = str(error).splitlines()[0]
+        if any(key in reason for key in typed):  # what was typed does not go with the checkpoint
+            raise
         raise CheckpointError(f"The configuration in {cfg.checkpoint} cannot be used: {reason}") from error
     return cfg, state
 

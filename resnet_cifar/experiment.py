@@ -53,10 +53,11 @@ def asked_for(cfg: DictConfig) -> tuple[DictConfig, Invocation]:
     hydra, job = HydraConfig.get(), sweep.current_job()
     folder = Path(hydra.runtime.output_dir)
     # Ray starts a job anew whose process was killed: what the sweep planned to run has been on its way by then.
+    overrides = tuple(OmegaConf.to_container(hydra.overrides.task, resolve=False))
     if cfg.resume is not None or (job is not None and sweep.is_stopped(folder, cfg)):
-        cfg, invocation = resume.saved_run(folder)
+        typed = any(override.startswith("data.root=") for override in overrides)
+        cfg, invocation = resume.saved_run(folder, cfg.data.root if typed else None)
     else:
-        overrides = tuple(OmegaConf.to_container(hydra.overrides.task, resolve=False))
         invocation = Invocation(folder, overrides, dict(hydra.runtime.choices))
     return cfg, dataclasses.replace(
         invocation,

@@ -143,7 +143,9 @@ def train_epoch(training: Training, train: Images, progress: Progress) -> Iterat
         batch_size = min(training.batch_size, len(train) - progress.batch * training.batch_size)  # of all processes
         with autocast(device, training.precision):
             logits = model(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing) * world.weight(batch_size)
+            # float: autocast casts this by itself on a CPU, and not on CUDA.
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=training.label_smoothing)
+            loss = loss * world.weight(batch_size)
         batch_loss = world.mean(loss.detach())
         if device.type == "cpu" and not torch.isfinite(batch_loss):
             raise diverged(training, train, dataclasses.replace(progress, batch=progress.batch + 1, lr=lr))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -52,9 +53,11 @@ def range_test(
     # One deepcopy of both keeps the copied optimizer on the copied parameters.
     model, optimizer = copy.deepcopy((model, optimizer))
     device = next(model.parameters()).device
-    criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-    for module in (model, criterion):  # as the training loop has both
-        module.forward = autocast(device, precision)(module.forward)
+    model.forward = autocast(device, precision)(model.forward)
+
+    def criterion(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)  # as in the training loop
+
     finder = LRFinder(model, optimizer, criterion, device=device)
     silence = io.StringIO()  # torch-lr-finder prints, and draws a bar of its own
     with untouched_generators(device), contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):

@@ -76,11 +76,12 @@ def orthogonal(matrix: Tensor, steps: int) -> Tensor:
     wide = wide / (wide.norm() + 1e-7)
     a, b, c = QUINTIC
     gram = wide @ wide.T
-    identity = product = torch.eye(len(gram), device=gram.device)
-    for _ in range(steps):
+    identity = polynomial = product = torch.eye(len(gram), device=gram.device)
+    for step in range(steps):
+        if step:
+            gram = polynomial @ gram @ polynomial
         polynomial = torch.addmm(a * identity + b * gram, gram, gram, alpha=c)
         product = polynomial @ product
-        gram = polynomial @ gram @ polynomial
     wide = product @ wide
     return wide if len(matrix) <= matrix.shape[1] else wide.T
 

@@ -20,14 +20,17 @@ from resnet_cifar.recording import STATUS, Invocation, find_run, run_id
 def command_line(argv: list[str]) -> list[str] | None:
     """The command line that continues the run `resume=...` names, in its folder; None when that run is finished.
 
+    Beside it only `data.root=...` is taken: the images may have moved.
+
     Raises:
         ConfigError: something else is given beside it, which would change what is continued.
         CheckpointError: there is no such run.
     """
     given = next(argument for argument in argv if argument.lstrip("+").startswith("resume="))
-    if len(argv) > 1:
-        beside = " ".join(argument for argument in argv if argument != given)
-        raise ConfigError(f"A run is resumed with its own configuration: leave out {beside}")
+    moved = [argument for argument in argv if argument.startswith("data.root=")]
+    beside = [argument for argument in argv if argument not in (given, *moved)]
+    if beside:
+        raise ConfigError(f"A run is resumed with its own configuration: leave out {' '.join(beside)}")
     folder = find_run(given.partition("=")[2], Path(outputs()), "resume")
     if not (folder / HYDRA_FILE).is_file():
         raise CheckpointError(
@@ -35,17 +38,21 @@ def command_line(argv: list[str]) -> list[str] | None:
         )
     if (folder / STATUS).exists() and (folder / STATUS).read_text().startswith("FINISHED"):
         return None
-    return [f"resume={quoted(folder)}", f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
+    return [f"resume={quoted(folder)}", *moved, f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
 
 
-def saved_run(folder: Path) -> tuple[DictConfig, Invocation]:
+def saved_run(folder: Path, root: str | None = None) -> tuple[DictConfig, Invocation]:
     """The configuration a run started with, checked as if it were given now, and how it was asked for.
+
+    `root` is where its images are now, if that has been said.
 
     Raises:
         CheckpointError: one of its files cannot be read, or its values are no longer allowed.
     """
     try:
         cfg = OmegaConf.load(folder / "config.yaml")
+        if root is not None and "root" in cfg.data.dataset:
+            cfg.data.root = cfg.data.dataset.root = root
         schema.check(cfg)
         hydra = OmegaConf.load(folder / HYDRA_FILE).hydra
     except (ConfigError, OmegaConfBaseException, YAMLError, AttributeError) as error:

@@ -53,9 +53,12 @@ class Plan:
     jobs: list[Job]
 
     def save(self) -> None:
-        """Write it into the sweep's folder."""
-        Path(self.folder).mkdir(parents=True, exist_ok=True)
-        (Path(self.folder) / PLAN).write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
+        """Write it into the sweep's folder, whole or not at all."""
+        path = Path(self.folder) / PLAN
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
+        temporary.replace(path)
 
 
 def load_plan(folder: Path) -> Plan:
@@ -66,8 +69,10 @@ def load_plan(folder: Path) -> Plan:
 
 def is_of_this_source(folder: Path) -> bool:
     """Whether the package's source is the one by which the sweep in `folder` ran last: a folder given by hand outlives it."""
-    path = folder / PLAN
-    return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("source") == source_hash()
+    try:
+        return json.loads((folder / PLAN).read_text(encoding="utf-8")).get("source") == source_hash()
+    except (FileNotFoundError, ValueError):  # a crash of the machine can leave it empty
+        return False
 
 
 def prepare(argv: Sequence[str], composition: Composition) -> list[str]:
@@ -75,8 +80,11 @@ def prepare(argv: Sequence[str], composition: Composition) -> list[str]:
 
     Exits with 0 after saying what would run, where that is all that was asked for (`sweep.dry_run=true`).
     """
-    from resnet_cifar import sweep_store  # late: it asks MLflow
+    from resnet_cifar import parts, sweep_store  # late: torch takes seconds, and MLflow is asked
 
+    for cfg, _ in composition.jobs:
+        if cfg.task in ("train", "find_lr"):
+            parts.check_targets(cfg)
     sweep, settings = composition.sweep, composition.jobs[0][0]
     if settings.sweep.dry_run and not sweep.job_folders:
         raise ConfigError("sweep.dry_run=true: this hydra/sweeper makes its jobs up while it runs; leave dry_run out")

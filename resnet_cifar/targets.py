@@ -67,6 +67,7 @@ def check_arguments(node: DictConfig, *supplied: str) -> None:
         except TypeError as error:
             unknown = [key for key in keywords if key not in signature.parameters]
             hint = did_you_mean(unknown[0], signature.parameters) if unknown else ""
+            hint = hint or (f"; take {unknown[0]} out with ~<group>.{unknown[0]}" if unknown else "")
             raise ConfigError(f"{target.__name__}() {error}{hint} (_target_: {arguments['_target_']})") from error
 
 

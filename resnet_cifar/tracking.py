@@ -192,8 +192,8 @@ class Store:
         for run in self.client.search_runs([experiment_id], mine, max_results=1000):
             if is_gone(run.data.tags) and _has_ended(run):
                 log.warning(
-                    "The end of run %s (%s) has not arrived yet. Send it: python run.py task=sync",
-                    *(run.info.run_name, run.info.run_id),
+                    "The end of run %s in %s has not arrived yet. Send it: python run.py task=sync, with that run's output_dir",
+                    *(run.info.run_name, run.data.tags["process.folder"]),
                 )
             elif is_gone(run.data.tags):
                 self.mark_killed(run)

@@ -257,6 +257,28 @@ def terminated_at_grad_cam() -> None:
     explain.grad_cam = lambda *_: signals(signal.SIGTERM)
 
 
+def interrupted_at_grad_cam() -> None:
+    """Ctrl-C while the first heat maps are computed."""
+    from resnet_cifar import explain
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal
+    explain.grad_cam = lambda *_: signals(signal.SIGINT)
+
+
+def terminated_again_at_the_end() -> None:
+    """SIGTERM while the first heat maps are computed, and once more while the run is being ended."""
+    from resnet_cifar import tracked_run
+
+    terminated_at_grad_cam()
+    finish = tracked_run.Run.finish
+
+    def finish_after_a_signal(self, *arguments):
+        signals(signal.SIGTERM)
+        finish(self, *arguments)
+
+    tracked_run.Run.finish = finish_after_a_signal
+
+
 def terminated_at_the_curves() -> None:
     """SIGTERM arrives when the last step is done and the curves are about to be drawn."""
     from resnet_cifar import report

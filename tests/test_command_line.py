@@ -84,7 +84,13 @@ def assert_short(message):
         ("seed=1 -m trainer.epochs=2", "write trainer.epochs=2"),
         ("seed", "cannot read seed: settings are written key=value"),
         ("seed=[1", "cannot read seed=[1"),
-        ("output_dir=~/Ü", "shell's and Hydra's: 'output_dir='\"'\"'~/Ü'\"'\"''"),
+        ("output_dir=~/Ü", "write the home folder out, output_dir=$HOME/Ü"),
+        ("output_dir=a,b(", "shell's and Hydra's: \"output_dir='a,b('\""),
+        ("output_dir=a`b(", "shell's and Hydra's: 'output_dir='\"'\"'a`b('\"'\"''"),
+        ("scheduler=cosine scheduler.pct_start=0.3", "it goes with scheduler=one_cycle"),
+        ("-m seed=0,1 hydra.launcher.n_jobs=4", "such as hydra/launcher=parallel"),
+        ("-m experiment=glob(lab*)", "a glob() in it matches nothing"),
+        ("-m experiment=record scheduler=one_cycle,cosine", "take max_lr out with ~<group>.max_lr"),
         ("hydra/launcher=nothing", "hydra/launcher=nothing: choose from"),
         ("--config-dir /nowhere", "/nowhere"),
         ("--multirun --cfg job", "only one of"),
@@ -272,7 +278,9 @@ def test_two_runs_of_the_same_second_have_folders_of_their_own(command, job, tmp
     job(lambda cfg: 0.0)
     for _ in range(2):
         command("hydra.run.dir=${output_dir}/runs/same_second_${unique:}")
-    assert len(list((tmp_path / "outputs" / "runs").iterdir())) == 2
+    command()
+    names = sorted(folder.name for folder in (tmp_path / "outputs" / "runs").iterdir())
+    assert len(names) == 3 and re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_[0-9a-f]{6}", names[0])
 
 
 def test_help_is_a_documentation(command):
@@ -286,6 +294,12 @@ def test_help_is_a_documentation(command):
     for group in ("model", "data", "augmentation", "optimizer", "scheduler", "tracking"):
         options = sorted(path.stem for path in (compose.CONF / group).glob("*.yaml"))
         assert f"{group} {', '.join(options)}" in " ".join(out.split())
+
+
+def test_the_help_has_the_users_own_options_too(command, tmp_path):
+    (tmp_path / "own" / "model").mkdir(parents=True)
+    (tmp_path / "own" / "model" / "mine.yaml").touch()
+    assert "model custom_resnet, mine" in " ".join(command("--config-dir", str(tmp_path / "own"), "--help")[1].split())
 
 
 def test_the_keys_in_the_help_exist(command):

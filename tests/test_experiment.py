@@ -19,6 +19,8 @@ from processes import (
     disk_full_for_a_while,
     failing_figures,
     fails_with_a_token,
+    interrupted_at_grad_cam,
+    terminated_again_at_the_end,
     terminated_at_grad_cam,
     terminated_at_the_curves,
 )
@@ -26,7 +28,7 @@ from processes import (
 from resnet_cifar import checkpoint, parts, provenance, report, schema, tracking
 from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.custom_resnet import CustomResNet
-from resnet_cifar.errors import CheckpointError
+from resnet_cifar.errors import CheckpointError, ConfigError
 from resnet_cifar.evaluation import with_checkpoint
 from resnet_cifar.recording import Invocation, compared_params
 
@@ -179,7 +181,7 @@ def test_every_artifact_is_in_the_store_and_in_the_folder(trained):
     assert trained.artifacts() >= FILES
     root = Path(trained.tracked.info.artifact_uri.removeprefix("file://"))
     for name in FILES:
-        assert (trained.folder / name).read_bytes() == (root / name).read_bytes(), name
+        assert (trained.folder / name).samefile(root / name), name  # hard links: no second copy on the disk
 
 
 def test_every_figure_is_a_picture_with_something_on_it(trained):
@@ -268,19 +270,30 @@ def test_no_secret_is_in_the_message_about_a_bad_value(commands, tmp_path, overr
     assert not (tmp_path / "o").exists()
 
 
+def test_a_bad_value_of_the_environment_is_named_by_its_variable(commands, tmp_path):
+    command = commands(
+        *("seed=${oc.env:CANARY}", f"output_dir={tmp_path / 'o'}"),
+        printed=tmp_path / "p",
+        environment={"CANARY": CANARY},
+    )
+    assert command.ends() == 2
+    assert CANARY not in command.output and "seed=${oc.env:CANARY} should be" in command.output
+
+
 # The other tasks
 
 
-def test_evaluate_gives_the_numbers_of_the_training(trained, start):
+@pytest.mark.parametrize("task", ["evaluate", "explain"])  # without pictures to explain, the same
+def test_evaluate_gives_the_numbers_of_the_training(trained, start, task):
     again = start(
-        "task=evaluate", f"checkpoint={trained.folder}", "trainer.precision=fp32", base=trained, CANARY="another"
+        f"task={task}", f"checkpoint={trained.folder}", "trainer.precision=fp32", base=trained, CANARY="another"
     )
     assert again.code == 0, again.output
     assert again.table("predictions.csv") == trained.table("predictions.csv")
     assert again.history("test/accuracy") == [(2, trained.history("test/accuracy")[-1][1])]
     assert not {"optimizer", "seed", "trainer.epochs"} & set(again.tracked.data.params)  # those are the training's
     assert again.tracked.data.params["model.width"] == trained.tracked.data.params["model.width"]
-    assert again.tracked.data.tags["task"] == "evaluate" and again.tracked.info.status == "FINISHED"
+    assert again.tracked.data.tags["task"] == task and again.tracked.info.status == "FINISHED"
     assert {"figures/misclassified_images.png", "figures/confusion_matrix.png", "predictions.csv"} <= again.artifacts()
 
 
@@ -329,6 +342,12 @@ def test_the_images_are_where_was_typed_else_where_they_were_in_training(trained
     assert evaluated(tmp_path).data.dataset.root == "/training"
     assert evaluated(tmp_path, "data.root=/here").data.dataset.root == "/here"
     assert evaluated(tmp_path, "data.dataset.root=/there").data.dataset.root == "/there"
+
+
+def test_what_was_typed_and_does_not_go_with_the_checkpoint_is_no_fault_of_the_checkpoint(trained, monkeypatch):
+    monkeypatch.setenv("CANARY", CANARY)
+    with pytest.raises(ConfigError, match="flip_tta makes other signs of digits"):
+        evaluated(trained.folder, "trainer.flip_tta=true")
 
 
 def test_a_checkpoint_with_a_forged_configuration_is_refused(trained, tmp_path, monkeypatch):
@@ -458,6 +477,10 @@ def test_a_package_installed_inside_another_projects_checkout_has_no_commit(monk
         (tmp_path / folder).mkdir(parents=True)
         monkeypatch.setattr(provenance, "__file__", str(tmp_path / folder / "provenance.py"))
         assert set(provenance._git()) == known
+        assert provenance._git().get("git_dirty", "false") == "false"
+    (tmp_path / "resnet_cifar" / "new.py").touch()
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "resnet_cifar" / "provenance.py"))
+    assert provenance._git()["git_dirty"] == "true"
 
 
 def test_a_folder_that_holds_a_run_takes_no_second_one(trained, start):
@@ -481,8 +504,16 @@ def test_real_cifar10_runs(start, cifar10):
     assert {row["label"] for row in run.table("predictions.csv")} <= set(checkpoint.load(run.folder)["classes"])
 
 
-@pytest.mark.parametrize("fault", [terminated_at_the_curves, terminated_at_grad_cam])
-def test_a_signal_while_the_figures_are_drawn_ends_the_run_as_killed(start, fault):
+@pytest.mark.parametrize(
+    ("fault", "number"),
+    [
+        (terminated_at_the_curves, signal.SIGTERM),
+        (terminated_at_grad_cam, signal.SIGTERM),
+        (interrupted_at_grad_cam, signal.SIGINT),
+        (terminated_again_at_the_end, signal.SIGTERM),
+    ],
+)
+def test_a_signal_while_the_figures_are_drawn_ends_the_run_as_killed(start, fault, number):
     run = start("scheduler.max_lr=0.01", "trainer.epochs=1", fault=fault)
-    assert run.code == 128 + signal.SIGTERM, run.output
+    assert run.code == 128 + number, run.output
     assert run.tracked.info.status == "KILLED"

@@ -112,15 +112,18 @@ def test_a_parallel_sweep_that_is_stopped_or_killed_leaves_no_process(outputs, t
     needs("joblib")
     arguments = [*SWEEP, PARALLEL, "seed=0,1,2,3", "trainer.epochs=100000", f"output_dir={outputs}"]
     sweep = Sweep(*arguments, printed=tmp_path / "out")
-    _wait(lambda: sweep.output.count("epoch ") > 4)
-    workers = _descendants(sweep.process.pid)
-    assert workers
-    os.kill(sweep.process.pid, number)
-    assert sweep.ends() == exit_code, sweep.output
-    _wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    try:
+        _wait(lambda: sweep.output.count("epoch ") > 4)
+        workers = _descendants(sweep.process.pid)
+        assert workers
+        os.kill(sweep.process.pid, number)
+        assert sweep.ends() == exit_code, sweep.output
+        _wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    finally:
+        sweep.process.kill()  # and its workers with it: it would go on for hours
 
 
-def _wait(happened, seconds=60):
+def _wait(happened, seconds=240):
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, "it did not happen"

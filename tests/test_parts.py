@@ -98,7 +98,8 @@ def test_files_that_are_there_are_verified_once(monkeypatch, cifar10):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_kept_for_the_next_tensor():
     code = """
-import resource
+import ctypes, resource
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: with huge pages there are few to clear
 from resnet_cifar import parts
 
 def faults():
@@ -113,6 +114,15 @@ assert faults() < 1_000
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("instructions", "precision"),
+    [(["avx512_bf16"], "bf16"), (["amx_bf16"], "bf16"), (["avx512_f"], "fp32"), ([], "fp32")],
+)
+def test_auto_is_bf16_where_the_processor_has_some_instructions_for_it(monkeypatch, instructions, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(instructions, True))
+    assert parts.choose_precision("auto", torch.device("cpu")) == precision
 
 
 @pytest.mark.parametrize(("precision", "products"), [("bf16", "medium"), ("fp32", "highest")])

@@ -5,9 +5,11 @@ import os
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from processes import (
     STEPS,
     TINY,
@@ -17,11 +19,14 @@ from processes import (
     signals,
     waits_after_steps,
 )
+from test_loop import numbers, synthetic, training
 
 from resnet_cifar import checkpoint, recording, resume, tracking
+from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.errors import CheckpointError
-from resnet_cifar.loop import Progress
+from resnet_cifar.loop import Progress, fit
 from resnet_cifar.report import read_csv
+from resnet_cifar.training import MovingAverage, training_state
 
 TIMES = ("images_per_second", "epoch_seconds")
 
@@ -109,7 +114,7 @@ def test_a_run_killed_by_9_goes_on_bit_for_bit(start, outputs, uninterrupted, ch
     time.sleep(0.01)
     resumed = start(f"resume={folder}")
     assert resumed.ends() == 0, resumed.output
-    assert "Resumed in epoch" in resumed.output
+    assert "Resumed in epoch" in resumed.output and "LR finder:" not in resumed.output
     assert_as_if_never_interrupted(folder, uninterrupted)
 
 
@@ -131,6 +136,34 @@ def test_a_damaged_last_checkpoint_is_replaced_by_the_previous_one(start, output
     assert resumed.ends() == 0, resumed.output
     assert "cut short" in resumed.output and "Falling back to previous.pt" in resumed.output
     assert_as_if_never_interrupted(folder, uninterrupted)
+
+
+def test_a_checkpoint_brings_back_the_moving_average_and_the_random_state(tmp_path):
+    def averaging():
+        parts = training()  # with dropout, which draws from torch's generator
+        parts.averaged = MovingAverage(parts.model, 0.75)
+        return parts
+
+    def built(parts):
+        return SimpleNamespace(network=parts.model, classes=("a", "b"), device=torch.device("cpu"))
+
+    images, held_out = synthetic(40), synthetic(20, seed=1)
+    whole = averaging()
+    torch.manual_seed(0)
+    expected = numbers(fit(whole, images, held_out))
+
+    interrupted, progress = averaging(), Progress()
+    torch.manual_seed(0)
+    records = fit(interrupted, images, held_out, progress)
+    first = numbers([next(records) for _ in range(2)])
+    state = training_state(OmegaConf.create({}), built(interrupted), interrupted, progress, max_lr=0.01)
+    checkpoint.save(state, tmp_path)
+
+    torch.manual_seed(99)
+    resumed, progress = averaging(), Progress()
+    resume.restore(resumed, resumed.model, progress, checkpoint.load(tmp_path))
+    assert first + numbers(fit(resumed, images, held_out, progress)) == expected
+    assert_equal_states(resumed.averaged.state_dict(), whole.averaged.state_dict())
 
 
 def test_a_run_goes_on_in_the_precision_it_began_in_and_keeps_its_provenance(start, outputs):
@@ -248,6 +281,17 @@ def test_a_run_whose_configuration_is_damaged_cannot_go_on(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(CheckpointError, match="its configuration cannot be used"):
         resume.saved_run(tmp_path)
+
+
+def test_an_interrupted_run_goes_on_where_its_images_are_now(tmp_path):
+    [(cfg, _)] = compose(parse_arguments(["data.root=/before"])).jobs
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "hydra.yaml").write_text("hydra: {overrides: {task: []}, runtime: {choices: {}}}\n")
+    assert "data.root=/now" in resume.command_line([f"resume={tmp_path}", "data.root=/now"])
+    for root, found in {None: "/before", "/now": "/now"}.items():
+        data = resume.saved_run(tmp_path, root)[0].data
+        assert data.root == data.dataset.root == found
 
 
 def test_a_run_is_found_by_its_mlflow_id(uninterrupted):

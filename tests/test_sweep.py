@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from processes import after_steps, killed_before_it_is_recorded, signals, some_seeds_fail
 from sweep_results import SWEEP, assert_one_run_for_each_seed, assert_seeds_1_and_2_failed, runs
 
-from resnet_cifar import leaderboard, sweep, sweep_figures, sweep_store, sweep_summary
+from resnet_cifar import fingerprint, leaderboard, sweep, sweep_figures, sweep_store, sweep_summary
 from resnet_cifar.compose import compose, parse_arguments, quoted
 from resnet_cifar.fingerprint import config_hash, source_hash
 from resnet_cifar.leaderboard import Result
@@ -38,6 +38,8 @@ def test_failing_jobs_are_recorded_the_others_run_and_the_same_command_finishes_
     again = commands(*arguments, printed=tmp_path / "again")
     assert again.ends() == 0, again.output
     assert again.output.count("is finished already") == 2
+    for aside in ("1_replaced_1", "2_replaced_1"):
+        assert (table.parent / aside / "status.txt").read_text().startswith("FAILED")
     assert_one_run_for_each_seed(outputs, [0, 1, 2, 3])
 
 
@@ -102,6 +104,43 @@ def test_other_jobs_make_another_sweep():
     assert len(ids) == 3
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("seed=1", "trainer.epochs=3", "trainer.label_smoothing=0.1", "scheduler.div_factor=25", "model.width=0.5"),
+        *("optimizer.weight_decay=0.1", "augmentation=none", "data.train_size=100", "lr_finder.select=valley"),
+        *("param_groups.norm_bias_lr_factor=2", "explain.num_images=3", "task=find_lr"),
+    ],
+)
+def test_another_value_is_another_job(override):
+    (before, _), (after, _) = (compose(parse_arguments(given)).jobs[0] for given in ([], [override]))
+    assert config_hash(before) != config_hash(after)
+
+
+def test_another_byte_of_the_source_is_another_source(monkeypatch, tmp_path):
+    hashes = set()
+    monkeypatch.setattr(fingerprint, "__file__", str(tmp_path / "fingerprint.py"))
+    for text in ("a = 1\n", "a = 2\n"):
+        (tmp_path / "module.py").write_text(text)
+        hashes.add(source_hash.__wrapped__())
+    assert len(hashes) == 2
+
+
+def test_what_another_source_finished_is_not_finished(outputs, tmp_path):
+    composition = composed("seed=0,1", f"output_dir={outputs}")
+    settings = composition.jobs[0][0]
+    store = sweep_store.tracking.Store(settings.tracking.uri)
+    experiment = store.experiment_id(settings.tracking.experiment, tmp_path / "artifacts")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    for source, found in {"another": {}, source_hash(): {config_hash(settings): tmp_path / "run"}}.items():
+        tags = {"config_hash": config_hash(settings), "source_hash": source, "process.folder": str(tmp_path / "run")}
+        run_id = store.client.create_run(experiment, tags=tags).info.run_id
+        (tmp_path / "run" / "tracking.jsonl").write_text(json.dumps({"n": 1, "run": run_id, "kind": "start"}) + "\n")
+        store.client.set_terminated(run_id, "FINISHED")
+        assert sweep_store.finished_runs(settings, composition) == found
+
+
 def test_a_single_run_and_the_same_job_of_a_sweep_have_one_hash():
     [(single, _)] = compose(parse_arguments(["data=digits", "seed=1"])).jobs
     assert config_hash(single) == config_hash(composed("seed=0,1").jobs[1][0])
@@ -152,9 +191,14 @@ def test_after_a_change_of_the_source_nothing_in_a_folder_given_by_hand_is_finis
     (folder / ".hydra").mkdir()
     (folder / ".hydra" / "hydra.yaml").touch()
     assert planned() == sweep.RESUME
+    anew = composed("seed=0,1", "tracking=none", f"hydra.sweep.dir={folder.parent}", "sweep.rerun=all")
+    assert sweep._plan([], anew, {}).jobs[0].action == sweep.RUN
+    assert not sweep.is_stopped(folder, composed("seed=0,1").jobs[0][0])  # which is tracked elsewhere
     sweep.Plan("id", str(folder.parent), [], "another source", []).save()
     assert planned() == sweep.RUN
     (folder / "status.txt").write_text("FINISHED\n")
+    assert planned() == sweep.RUN
+    (folder.parent / sweep.PLAN).write_text("")  # by a crash of the machine
     assert planned() == sweep.RUN
 
 

@@ -17,6 +17,7 @@ import torch
 from mlflow_stub import StubServer
 
 from resnet_cifar import delivery, store_errors, tracked_run, tracking
+from resnet_cifar.artifact_files import link_or_copy
 from resnet_cifar.delivery import Journal
 from resnet_cifar.deployed_model import DeployedModel
 from resnet_cifar.errors import CheckpointError, ConfigError, StorageError
@@ -423,6 +424,23 @@ def test_a_deleted_experiment_is_an_error_that_says_how_to_restore_it(database, 
     experiment = client.create_experiment("e")
     client.delete_experiment(experiment)
     assert f"restore -x {experiment}" in one_error(database, tmp_path / "run")
+
+
+def test_a_server_that_is_down_costs_seconds_and_not_minutes():
+    assert int(tracking.ENVIRONMENT["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]) <= 1
+    assert tracking.SERVER_SECONDS <= 10
+
+
+@pytest.mark.parametrize("leftover", ["link", "file"])
+def test_a_leftover_in_the_store_is_neither_written_through_nor_in_the_way(tmp_path, leftover):
+    (tmp_path / "outside").write_text("mine")
+    part = tmp_path / "store" / ".x.part"
+    part.parent.mkdir()
+    part.symlink_to(tmp_path / "outside") if leftover == "link" else os.link(tmp_path / "outside", part)
+    (tmp_path / "x").write_text("theirs")
+    link_or_copy(tmp_path / "x", tmp_path / "store" / "x")
+    assert (tmp_path / "store" / "x").samefile(tmp_path / "x")
+    assert (tmp_path / "outside").read_text() == "mine" and not part.exists()
 
 
 def test_a_dead_server_is_an_error(server, tmp_path):

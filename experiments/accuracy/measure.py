@@ -146,7 +146,7 @@ def run(overrides: list[str], folder: Path, data_root: str) -> None:
         asked_for = compose(parse_arguments(command)).jobs[0][0]
         if config_hash(asked_for) != config_hash(OmegaConf.load(folder / "config.yaml")):
             sys.exit(f"{folder} holds a run of other values than studies.yaml has now: move it away")
-        command = [f"resume={folder}"]
+        command = [f"resume={folder}", f"data.root={Path(data_root).absolute()}"]
     code = subprocess.run([sys.executable, str(ROOT / "run.py"), *command], cwd=ROOT).returncode
     if code:
         sys.exit(code if code > 0 else 128 - code)
