@@ -286,6 +286,13 @@ def terminated_at_the_curves() -> None:
     report.draw_curves = lambda *_: signals(signal.SIGTERM)
 
 
+def compiles_nothing() -> None:
+    """torch.compile wraps the network and does not compile it, which would take half a minute."""
+    import torch
+
+    torch.compiler.set_stance("force_eager")
+
+
 def disk_full_for_a_while() -> None:
     """The first time each is written, the summary and the tables find a full disk: /dev/full, a real ENOSPC."""
     open_file, seen = Path.open, set()

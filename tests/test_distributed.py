@@ -17,6 +17,7 @@ from resnet_cifar.data import Images, training_batches
 from resnet_cifar.distributed import ALONE, World
 from resnet_cifar.errors import ConfigError
 from resnet_cifar.loop import EpochRecord, StepRecord, Training, fit
+from resnet_cifar.process_identity import _started
 from resnet_cifar.training_processes import launch
 
 BATCH = 5
@@ -167,7 +168,7 @@ def in_the_midst(command, outputs):
 
 
 def alive(pids):
-    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    return [pid for pid in pids if _started(pid)]
 
 
 def test_two_processes_leave_one_run_and_one_set_of_files(uninterrupted):
@@ -213,7 +214,7 @@ def test_a_run_that_diverges_ends_with_6_in_three_lines(start, outputs):
 
 
 def test_a_killed_process_ends_the_whole_run_as_failed(start, outputs):
-    command = start()
+    command = start("trainer.epochs=1000")
     folder, processes = in_the_midst(command, outputs)
     _, run = tracked(folder)
     os.kill(int(run.data.tags["process.pid"]), signal.SIGKILL)  # the one that records the run
@@ -225,12 +226,22 @@ def test_a_killed_process_ends_the_whole_run_as_failed(start, outputs):
 
 
 def test_the_death_of_a_process_fails_an_untracked_run_too(start, outputs):
-    command = start("tracking=none")
+    command = start("tracking=none", "trainer.epochs=1000")
     folder, processes = in_the_midst(command, outputs)
     workers = [pid for pid in processes if b"multiprocessing-fork" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(min(workers), signal.SIGKILL)  # the first to be started, which writes the run's files
     assert command.ends() == 1, command.output
     assert (folder / "status.txt").read_text().startswith("FAILED") and not alive(processes)
+
+
+def test_no_process_outlives_the_one_that_started_it(start, outputs):
+    command = start("tracking=none", "trainer.epochs=1000")
+    _, processes = in_the_midst(command, outputs)
+    command.process.kill()
+    deadline = time.monotonic() + 60
+    while alive(processes):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 # What is refused

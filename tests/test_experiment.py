@@ -16,6 +16,7 @@ from processes import (
     STEPS,
     TINY,
     Commands,
+    compiles_nothing,
     disk_full_for_a_while,
     failing_figures,
     fails_with_a_token,
@@ -49,8 +50,6 @@ FILES = {
 EPOCH_METRICS = {"train/loss", "train/accuracy", "test/loss", "test/accuracy", "schedule/lr"}
 SPEED = {"speed/images_per_second", "speed/epoch_seconds"}
 CANARY = "canary-7f3a9c"
-REFLECTED = "{_target_:resnet_cifar.augment.RandomCrop,size:32,padding:4,padding_mode:reflect}"
-SMALL_FIRST = "{_target_:resnet_cifar.augment.ProgressiveResize,first:16,epochs:2}"
 
 
 class Run:
@@ -367,6 +366,13 @@ def test_find_lr_leaves_a_curve_and_no_checkpoint(start):
     assert not (found.folder / "checkpoints").exists()
 
 
+def test_what_the_store_has_not_got_is_sent_by_the_task_sync(start):
+    run = start("task=find_lr")
+    (run.folder / "tracking.sent").unlink()
+    synced = start("task=sync", base=run)
+    assert synced.code == 0 and re.search(r"^[1-9]\d* records sent", synced.output, flags=re.MULTILINE), synced.output
+
+
 def test_held_out_images_are_looked_at_each_epoch_and_the_test_once(start):
     run = start("data.val_size=30", "scheduler.max_lr=0.01", "explain.num_images=1")
     assert run.code == 0, run.output
@@ -379,12 +385,11 @@ def test_held_out_images_are_looked_at_each_epoch_and_the_test_once(start):
 
 def test_the_ingredients_of_more_accurate_trainings_work_together(start, cifar10):
     ingredients = (
-        *("data=cifar10", f"data.root={cifar10}"),
-        *("optimizer=sgd", "scheduler.max_lr=0.05", f"augmentation.transforms=[{REFLECTED},{SMALL_FIRST}]"),
-        *("trainer.label_smoothing=0.1", "trainer.ema_decay=0.5", "trainer.flip_tta=true", "model.logit_scale=0.125"),
-        *("param_groups.norm_bias_lr_factor=4", "param_groups.decay_norm_and_bias=false", "trainer.precision=fp32"),
+        *("experiment=laptop_94", "augmentation.transforms.2.epochs=2", "data=cifar10", f"data.root={cifar10}"),
+        *("trainer.ema_decay=0.5", "trainer.flip_tta=true", "param_groups.norm_bias_lr_factor=4"),
+        *("trainer.compile=true", "explain.num_images=1"),
     )
-    run = start(*ingredients, "explain.num_images=1")
+    run = start(*ingredients, fault=compiles_nothing)
     assert run.code == 0, run.output
     [(step, accuracy)] = run.history("test/accuracy_flip_tta")
     assert step == 2 and 0 <= accuracy <= 100
@@ -499,8 +504,11 @@ def test_a_checkpoint_of_another_model_ends_with_4(trained, commands, tmp_path):
 
 def test_real_cifar10_runs(start, cifar10):
     arguments = ("data=cifar10", f"data.root={cifar10}", "augmentation=crop_flip_cutout", "data.train_size=256")
-    run = start(*arguments, "data.test_size=64", "data.batch_size=64", "trainer.epochs=1", "scheduler.max_lr=0.01")
+    run = start(*arguments, "data.test_size=64", "data.batch_size=64", "optimizer=sgd", "scheduler=cosine")
     assert run.code == 0, run.output
+    assert (
+        "scheduler.max_lr" not in run.tracked.data.params and "no peak" in run.tracked.data.tags["mlflow.note.content"]
+    )
     assert {row["label"] for row in run.table("predictions.csv")} <= set(checkpoint.load(run.folder)["classes"])
 
 

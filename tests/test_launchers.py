@@ -16,6 +16,7 @@ from sweep_results import SWEEP, assert_one_run_for_each_seed, assert_seeds_1_an
 
 from resnet_cifar import sweep_worker
 from resnet_cifar.compose import CONF, compose, parse_arguments
+from resnet_cifar.process_identity import _started
 
 PARALLEL = "hydra/launcher=parallel"
 CLUSTER = ("hydra/launcher=cluster", "hydra.launcher.ray.init.num_cpus=2")
@@ -118,7 +119,7 @@ def test_a_parallel_sweep_that_is_stopped_or_killed_leaves_no_process(outputs, t
         assert workers
         os.kill(sweep.process.pid, number)
         assert sweep.ends() == exit_code, sweep.output
-        _wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+        _wait(lambda: not any(_started(pid) for pid in workers))
     finally:
         sweep.process.kill()  # and its workers with it: it would go on for hours
 
