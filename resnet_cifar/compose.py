@@ -182,9 +182,8 @@ def _composition(hydra: Hydra, arguments: argparse.Namespace) -> Composition:
     parsed = OverridesParser.create(config_loader=loader).parse_overrides([*params, *overrides])
     jobs = BasicSweeper.split_arguments(parsed, None)[0]
     if not jobs:
-        raise ConfigError(
-            f"the sweep has no job, since a glob() in it matches nothing: {' '.join([*params, *overrides])}"
-        )
+        given = " ".join([*params, *overrides])
+        raise ConfigError(f"the sweep has no job, since a glob() or range() in it has no value: {given}")
     composed = [(loader.load_sweep_config(cfg, list(job)), list(job)) for job in jobs]
     return _with_sweep(composed, [*params, *overrides], known=True)
 
@@ -225,8 +224,8 @@ def _reason(error: Exception, arguments: argparse.Namespace) -> str:
         key, equals, value = str(error.override).partition("=")
         if not equals:
             return f"cannot read {key}: settings are written key=value"
-        if value.startswith("~"):
-            return f"cannot read {error.override}: write the home folder out, {key}=$HOME{value[1:]}"
+        if value.startswith("~/"):
+            return f"cannot read {error.override}: write the home folder out, \"{key}='$HOME{value[1:]}'\""
         written = f"{key}={quoted(value)}"
         written = shlex.quote(written) if set('$`"\\!') & set(written) else f'"{written}"'
         return f"cannot read {error.override}: special characters want quotes, the shell's and Hydra's: {written}"
@@ -243,13 +242,24 @@ def _reason(error: Exception, arguments: argparse.Namespace) -> str:
         given = [override.partition("=") for override in arguments.overrides]
         value = next((equals + value for name, equals, value in given if name == key), "")
         if key.startswith("hydra.launcher."):
-            return f"{key} is no key of this launcher: it goes with another, such as hydra/launcher=parallel"
-        section, _, name = key.partition(".")
-        options = [path.stem for path in sorted((CONF / section).glob("*.yaml")) if name in OmegaConf.load(path)]
-        if options:
-            return f"{key} is not a key here: it goes with {' or '.join(f'{section}={option}' for option in options)}"
+            another = not any(override.startswith("hydra/launcher=") for override in arguments.overrides)
+            return f"{key} is no key of this launcher{': give hydra/launcher=parallel or another' if another else ''}"
+        if options := _options_with(key):
+            return f"{key} is not a key here: it goes with {' or '.join(options)}"
         return f"{key} is not a key{did_you_mean(key, _known_keys(arguments), value)}"
     return f"{first_line} (given: {' '.join(arguments.overrides)})"
+
+
+def _options_with(key: str) -> list[str]:
+    """The options of conf/ that have the key which the chosen ones lack, as `scheduler=one_cycle`."""
+    section, _, name = key.partition(".")
+    found = []
+    for path in sorted((CONF / section).glob("*.yaml")) if name and section != "experiment" else ():
+        with suppress(yaml.YAMLError, OmegaConfBaseException):
+            option = OmegaConf.load(path)
+            if name != "defaults" and name in option.get(section, option):
+                found.append(f"{section}={path.stem}")
+    return found
 
 
 def _missing_option(error: MissingConfigException) -> str:

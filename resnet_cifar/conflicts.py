@@ -56,7 +56,11 @@ def _data(cfg: dict[str, Any]) -> Iterator[str]:
     if size is not None and data["batch_size"] > size:
         yield f"data.batch_size={data['batch_size']} should be at most data.train_size={size}"
     for place, transform in enumerate(cfg["augmentation"]["transforms"]):
-        if transform["_target_"].endswith(".ProgressiveResize") and transform["epochs"] > cfg["trainer"]["epochs"]:
+        if not transform["_target_"].endswith(".ProgressiveResize"):
+            continue
+        if transform["first"] % 4:
+            yield f"augmentation.transforms.{place}.first={transform['first']} should be a multiple of 4: sizes grow by 4"
+        if transform["epochs"] > cfg["trainer"]["epochs"]:
             yield (
                 f"augmentation.transforms.{place}.epochs={transform['epochs']} should be at most trainer.epochs="
                 f"{cfg['trainer']['epochs']}: training would end on small images"

@@ -10,6 +10,14 @@ def nobody_reads() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def say(text: str) -> None:
+    """Print it, to whoever is still there."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        nobody_reads()
+
+
 class ConsoleHandler(logging.StreamHandler):
     """Lines on stdout, as long as they are read: a run is worth more than its words, and goes on without them."""
 

@@ -138,6 +138,16 @@ def read_records(path: Path) -> Iterator[Record]:
             yield record
 
 
+def has_unsent_end(folder: Path, run_id: str) -> bool:
+    """Whether the journal in `folder` ends with the run, and that is still to be delivered; False where it cannot be read."""
+    try:
+        turns = [record for record in read_records(folder / "tracking.jsonl") if record["kind"] in ("start", "finish")]
+        sent = _read_sent(folder / "tracking.sent")
+    except OSError:
+        return False
+    return bool(turns) and (turns[-1]["run"], turns[-1]["kind"]) == (run_id, "finish") and turns[-1]["n"] not in sent
+
+
 def _read_sent(path: Path) -> set[int]:
     text = path.read_text() if path.exists() else ""
     return {int(number) for number in re.findall(r"^(\d+) sent$", text, re.MULTILINE)}

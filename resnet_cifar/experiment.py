@@ -307,5 +307,5 @@ def find_max_lr(cfg: DictConfig, folder: Path, built: parts.Parts, train_images:
 def log_model(cfg: DictConfig, built: parts.Parts, images: Images, tracked_run: NoRun) -> None:
     """The network with its normalisation inside, as an MLflow model of raw pictures."""
     model = DeployedModel(built.network, list(cfg.data.mean), list(cfg.data.std))
-    example = images.images[:2].permute(0, 2, 3, 1).cpu().contiguous().numpy()
+    example = images.images[:1].expand(2, -1, -1, -1).permute(0, 2, 3, 1).cpu().contiguous().numpy()
     tracked_run.log_model(model, example, {"classes": list(built.classes)})

@@ -49,7 +49,7 @@ def sample_training_images(images: np.ndarray, labels: Sequence[int], classes: S
     figure, panels = _grid(len(images), 5, 1.9, "Training images as the network sees them, augmented")
     for axes, image, label in zip(panels, images, labels, strict=True):
         axes.imshow(image)
-        axes.set_title(_short(classes[label]), fontsize=10, loc="center")
+        axes.set_title(_short(classes[label]), fontsize=10, loc="center", parse_math=False)
     return figure
 
 
@@ -184,9 +184,10 @@ def confusion_matrix(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     # The square root spreads the few per cent in which mistakes lie; on a linear scale all but the diagonal is white.
     drawn = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
-    ticks, names = range(len(classes)), [_short(name, 24) for name in classes]
-    axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(ticks, names)
+    ticks = range(0, len(classes), -(-len(classes) // 40))  # as many as have room
+    names = [_short(classes[tick], 24) for tick in ticks]
+    axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
+    axes.set_yticks(ticks, names, parse_math=False)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title(
@@ -241,6 +242,7 @@ def _draw_pair(axes: Axes, image: np.ndarray, heat_map: np.ndarray, target: str)
             ha="center",
             va="center",
             fontsize=8,
+            parse_math=False,
         )
     axes.imshow(np.concatenate([image, np.ones((height, gap, 3)), overlay(image, heat_map)], axis=1))
 

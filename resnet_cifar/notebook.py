@@ -19,6 +19,8 @@ def begin(*overrides: str) -> tuple[DictConfig, Invocation]:
     composition = compose(parse_arguments(overrides))
     for cfg, given in composition.jobs:
         schema.check(cfg, given)
+        if cfg.task != "train" or cfg.resume is not None:
+            raise ConfigError("A notebook trains from the beginning: give other tasks and resume to python run.py")
         if cfg.trainer.devices > 1:
             raise ConfigError("trainer.devices: a notebook trains in its own process; give more to python run.py")
         if composition.folder is not None:

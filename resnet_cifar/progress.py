@@ -38,6 +38,7 @@ class Bar(tqdm):
         """A line above the bars."""
         try:
             super().write(*arguments, **options)
+            (options.get("file") or sys.stdout).flush()  # here, and not where the handler would fail
         except BrokenPipeError:
             nobody_reads()
 

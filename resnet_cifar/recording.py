@@ -32,6 +32,7 @@ COMPARED = (
     "model.inner_shortcut",
 )
 FROM_CHECKPOINT = ("model.", "data.")
+LONGEST_NAME = 250  # characters: the column in MLflow's database, which PostgreSQL insists on
 MOST_PARAMS = 15  # more squeeze the images on MLflow's pages
 # Where a run lies and where it is recorded tell nothing about its result.
 NOT_COMPARED = ("tracking", "hydra", "output_dir", "data.root", "experiment", "scheduler.max_lr", "resume", "sweep")
@@ -211,11 +212,11 @@ def compared_params(cfg: DictConfig, invocation: Invocation) -> dict[str, Any]:
 
 
 def run_name(cfg: DictConfig, invocation: Invocation) -> str:
-    """`tracking.run_name`, or the preset and what was overridden."""
+    """`tracking.run_name`, or the preset and what was overridden, as far as MLflow's databases have room."""
     if invocation.name:
-        return invocation.name
+        return invocation.name[:LONGEST_NAME]
     if cfg.tracking.run_name:
-        return without_environment(cfg)["tracking"]["run_name"]
+        return without_environment(cfg)["tracking"]["run_name"][:LONGEST_NAME]
     preset = invocation.choices.get("experiment") or ("session_10" if cfg.task == "train" else cfg.task)
     aside = tuple(key for key in NOT_COMPARED if key != "scheduler.max_lr")
     given = [override for override in invocation.overrides if not override.startswith((*aside, "task=", "checkpoint="))]

@@ -252,4 +252,5 @@ def training_note(folder: Path, evaluated_on: str, test: Evaluation, max_lr: flo
 
 
 def _for_display(images: Tensor) -> np.ndarray:
+    images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images  # grey as colours
     return images.detach().cpu().permute(0, 2, 3, 1).numpy()

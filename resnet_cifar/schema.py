@@ -108,7 +108,7 @@ class Cutout(TypedDict):
 
 @open_to_arguments
 class ProgressiveResize(TypedDict):
-    first: Annotated[int, Field(ge=8, le=32, multiple_of=4)]  # smaller ones the network pools away
+    first: Annotated[int, Field(ge=8, le=32)]  # smaller ones the network pools away
     epochs: Count
 
 

@@ -82,10 +82,10 @@ def prepare(argv: Sequence[str], composition: Composition) -> list[str]:
     """
     from resnet_cifar import parts, sweep_store  # late: torch takes seconds, and MLflow is asked
 
-    for cfg, _ in composition.jobs:
+    sweep, settings = composition.sweep, composition.jobs[0][0]
+    for cfg, _ in composition.jobs if sweep.job_folders else ():  # what made-up jobs have in common is no job
         if cfg.task in ("train", "find_lr"):
             parts.check_targets(cfg)
-    sweep, settings = composition.sweep, composition.jobs[0][0]
     if settings.sweep.dry_run and not sweep.job_folders:
         raise ConfigError("sweep.dry_run=true: this hydra/sweeper makes its jobs up while it runs; leave dry_run out")
     finished = {} if settings.sweep.rerun == "all" else sweep_store.finished_runs(settings, composition)

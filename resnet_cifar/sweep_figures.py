@@ -1,5 +1,6 @@
 """The figures of a sweep: results in, `matplotlib.figure.Figure` out, in the style of a run's own (figures.py)."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from statistics import mean
 
@@ -33,16 +34,19 @@ def accuracy_against(
         places = sorted({place for place, _ in mine})
         means = [mean(accuracy for place, accuracy in mine if place == at) for at in places]
         # Beside each other, not over each other, where two series have the same value.
-        shift = 0.04 * (number - (len(series) - 1) / 2)
-        axes.plot([at + shift for at in places], means, color=colour, linewidth=1.4, label=other or "mean")
+        shift = min(0.04, 0.6 / len(series)) * (number - (len(series) - 1) / 2)
+        label = (other or "mean") if number < LEGEND_LINES else None
+        axes.plot([at + shift for at in places], means, color=colour, linewidth=1.4, label=label)
         axes.plot([at + shift for at, _ in mine], [a for _, a in mine], "o", color=colour, markersize=6, alpha=0.6)
     axes.set_xticks(range(len(ticks)), map(short_value, ticks))
     axes.set_xlim(-0.5, len(ticks) - 0.5)
     axes.set_xlabel(key)
     axes.set_ylabel(f"final {metric} (%)")
     axes.set_title("Final accuracy: a point per run, lines through the means")
+    if len(series) > LEGEND_LINES:
+        axes.plot([], [], " ", label=f"and {len(series) - LEGEND_LINES} more")
     if len(series) > 1:
-        axes.legend(loc="best", fontsize=9, ncols=1 + len(series) // 7)
+        axes.legend(loc="best", fontsize=9, ncols=2 if len(series) > 6 else 1)
     return figure
 
 
@@ -87,25 +91,38 @@ def grad_cam_grid(
     A run has its `name`, `heat_maps` (N, H, W) in 0..1 against the true class, and its `predictions`, class names.
     """
     rows, columns = len(images), 1 + len(runs)
-    figure = Figure(figsize=(9, 0.9 + rows * (9 / max(columns, 6) + 0.22)), layout="constrained")
-    figure.suptitle(f"Grad-CAM against the true class, {layer}: the same images in every run", x=0.01, ha="left")
+    names = [_in_column(str(run["name"]), 100 // columns) for run in ({"name": "image"}, *runs)]
+    heading = 0.5 + 0.15 * max(1 + name.count("\n") for name in names)
+    height = heading + rows * (9 / max(columns, 6) + 0.22)
+    figure = Figure(figsize=(9, height), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - heading / height))
+    title = f"Grad-CAM against the true class, {layer}: the same images in every run"
+    figure.suptitle(title, x=0.01, y=1 - 0.08 / height, ha="left", va="top")
     panels = figure.subplots(rows, columns, squeeze=False)
     for row, (image, label) in enumerate(zip(images / 255, labels, strict=True)):
         panels[row, 0].imshow(image)
-        panels[row, 0].set_title(f"true: {label}", fontsize=8, loc="center", color=INK)
+        panels[row, 0].set_title(f"true: {label}", fontsize=8, loc="center", color=INK, parse_math=False)
         for column, run in enumerate(runs, start=1):
             heat_map, prediction = run["heat_maps"][row], run["predictions"][row]
             panels[row, column].imshow(overlay(image, heat_map))
             colour = MUTED if prediction == label else MARK
-            panels[row, column].set_title(prediction, fontsize=8, loc="center", color=colour)
-    for column, run in enumerate([{"name": "image"}, *runs]):
-        name = str(run["name"]).replace(" ", "\n")
-        panels[0, column].annotate(
+            panels[row, column].set_title(prediction, fontsize=8, loc="center", color=colour, parse_math=False)
+    for axes, name in zip(panels[0], names, strict=True):
+        written = axes.annotate(
             name, (0.5, 1.24), xycoords="axes fraction", ha="center", va="bottom", fontsize=9, fontweight="bold"
         )
+        written.set_parse_math(False)
+        written.set_in_layout(False)  # the images would make room for a long name
     for axes in panels.flat:
         axes.set_axis_off()
     return figure
+
+
+def _in_column(name: str, width: int) -> str:
+    """A run's name, `key=value key=value`, in lines of at most `width` characters."""
+    words = name.replace("=", "= ").split() if len(name) > width else name.split()
+    lines = [line for word in words for line in textwrap.wrap(word.replace("_", "_ "), width)]
+    return "\n".join(line.replace("_ ", "_") for line in lines)
 
 
 def _in_order(value: str) -> tuple[bool, float, str]:

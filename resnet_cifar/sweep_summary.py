@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from resnet_cifar import checkpoint, explain, leaderboard, parts, sweep_figures, sweep_store
+from resnet_cifar.console import say
 from resnet_cifar.delivery import reason
 from resnet_cifar.errors import StorageError
 from resnet_cifar.evaluation import restore_parts
@@ -42,7 +43,7 @@ def publish(folder: Path, settings: DictConfig) -> None:
     (folder / "leaderboard.md").write_text(table, encoding="utf-8")
     draw(folder, found, metric)
     where = f"folder   {shown(folder)}: leaderboard.csv, leaderboard.md, figures/"
-    print(f"\n{heading}\n\n{leaderboard.text(rows)}\n\n{where}")
+    say(f"\n{heading}\n\n{leaderboard.text(rows)}\n\n{where}")
     if settings.tracking.uri is not None:
         more = f"\n\nThe other {len(rows) - NOTE_ROWS} points are in leaderboard.csv." if len(rows) > NOTE_ROWS else ""
         note = (
@@ -62,7 +63,7 @@ def _log(plan: Plan, folder: Path, settings: DictConfig, note: str, found: Seque
         raise StorageError(message) from error
     best_first = sorted(found, key=lambda result: score(result, metric) or -1, reverse=True)
     run_ids = [run_id for result in best_first if (run_id := sweep_store.run_id(result.folder))]
-    print("\n".join(sweep_store.where_to_look(settings.tracking.uri, summary, run_ids)))
+    say("\n".join(sweep_store.where_to_look(settings.tracking.uri, summary, run_ids)))
 
 
 def draw(folder: Path, found: Sequence[Result], metric: str) -> None:

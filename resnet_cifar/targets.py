@@ -67,7 +67,8 @@ def check_arguments(node: DictConfig, *supplied: str) -> None:
         except TypeError as error:
             unknown = [key for key in keywords if key not in signature.parameters]
             hint = did_you_mean(unknown[0], signature.parameters) if unknown else ""
-            hint = hint or (f"; take {unknown[0]} out with ~<group>.{unknown[0]}" if unknown else "")
+            if unknown and not hint and number == 0 and unknown[0] not in supplied:
+                hint = f"; take it out: ~{node._get_full_key(unknown[0])}"
             raise ConfigError(f"{target.__name__}() {error}{hint} (_target_: {arguments['_target_']})") from error
 
 

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock
 
 from resnet_cifar.artifact_files import artifact_location, link_or_copy, local_folder
-from resnet_cifar.delivery import Journal, Record, read_records
+from resnet_cifar.delivery import Journal, Record, has_unsent_end
 from resnet_cifar.errors import CheckpointError, ConfigError, StorageError
 from resnet_cifar.passwords import has_password, without_passwords
 from resnet_cifar.process_identity import identity, is_alive, is_gone, origin
@@ -190,10 +190,11 @@ class Store:
         """Ends as KILLED the runs of this host that are RUNNING although their process is gone."""
         mine = f"attributes.status = 'RUNNING' and tags.`process.host` = '{identity(Path())['process.host']}'"
         for run in self.client.search_runs([experiment_id], mine, max_results=1000):
-            if is_gone(run.data.tags) and _has_ended(run):
+            folder = run.data.tags.get("process.folder", "/nowhere")
+            if is_gone(run.data.tags) and has_unsent_end(Path(folder), run.info.run_id):
                 log.warning(
                     "The end of run %s in %s has not arrived yet. Send it: python run.py task=sync, with that run's output_dir",
-                    *(run.info.run_name, run.data.tags["process.folder"]),
+                    *(run.info.run_name, folder),
                 )
             elif is_gone(run.data.tags):
                 self.mark_killed(run)
@@ -291,13 +292,6 @@ class Store:
         # An exported graph stays on its device, and MLflow would ask for CUDA where there is one.
         description.flavors["python_function"]["config"]["device"] = "cpu"
         description.save(str(path / "MLmodel"))
-
-
-def _has_ended(run: "MlflowRun") -> bool:
-    """Whether the run's journal has an end that the store did not take."""
-    journal = Path(run.data.tags.get("process.folder", "/nowhere"), "tracking.jsonl")
-    turns = [record for record in read_records(journal) if record["kind"] in ("start", "finish")]
-    return bool(turns) and (turns[-1]["run"], turns[-1]["kind"]) == (run.info.run_id, "finish")
 
 
 def _resumable(run: "MlflowRun") -> str:

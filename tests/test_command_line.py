@@ -84,13 +84,14 @@ def assert_short(message):
         ("seed=1 -m trainer.epochs=2", "write trainer.epochs=2"),
         ("seed", "cannot read seed: settings are written key=value"),
         ("seed=[1", "cannot read seed=[1"),
-        ("output_dir=~/Ü", "write the home folder out, output_dir=$HOME/Ü"),
+        ("output_dir=~/Ü", "write the home folder out, \"output_dir='$HOME/Ü'\""),
         ("output_dir=a,b(", "shell's and Hydra's: \"output_dir='a,b('\""),
         ("output_dir=a`b(", "shell's and Hydra's: 'output_dir='\"'\"'a`b('\"'\"''"),
         ("scheduler=cosine scheduler.pct_start=0.3", "it goes with scheduler=one_cycle"),
-        ("-m seed=0,1 hydra.launcher.n_jobs=4", "such as hydra/launcher=parallel"),
-        ("-m experiment=glob(lab*)", "a glob() in it matches nothing"),
-        ("-m experiment=record scheduler=one_cycle,cosine", "take max_lr out with ~<group>.max_lr"),
+        ("-m seed=0,1 hydra.launcher.n_jobs=4", "give hydra/launcher=parallel"),
+        ("-m experiment=glob(lab*)", "a glob() or range() in it has no value"),
+        ("data=digits model=custom_resnet model.heads=3", "model.heads is not a key"),
+        ("-m experiment=record scheduler=one_cycle,cosine", "take it out: ~scheduler.max_lr"),
         ("hydra/launcher=nothing", "hydra/launcher=nothing: choose from"),
         ("--config-dir /nowhere", "/nowhere"),
         ("--multirun --cfg job", "only one of"),
@@ -349,10 +350,12 @@ def test_a_reader_who_leaves_early_is_no_error():
     process.stderr.close()
 
 
-def test_a_run_goes_on_when_its_reader_has_left(tmp_path):
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # a line that is printed fails, or one that is flushed
+def test_a_run_goes_on_when_its_reader_has_left(tmp_path, unbuffered):
     process = subprocess.Popen(
         [sys.executable, "run.py", *TINY, "scheduler.max_lr=0.01", f"output_dir={tmp_path}"],
         cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

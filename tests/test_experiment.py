@@ -31,7 +31,7 @@ from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.custom_resnet import CustomResNet
 from resnet_cifar.errors import CheckpointError, ConfigError
 from resnet_cifar.evaluation import with_checkpoint
-from resnet_cifar.recording import Invocation, compared_params
+from resnet_cifar.recording import Invocation, compared_params, run_name
 
 FIGURES = {
     *("sample_training_images", "misclassified_images", "loss_and_accuracy", "lr_finder", "lr_history"),
@@ -125,6 +125,12 @@ def test_the_finders_curve_is_there_by_iteration(trained):
         assert [step for step, _ in trained.history(key)] == [1, 2, 3, 4]
     lrs = [lr for _, lr in trained.history("lr_finder/lr")]
     assert lrs[0] == 0.001 and lrs[-1] == pytest.approx(0.1)
+
+
+def test_a_name_is_no_longer_than_a_database_takes():
+    cfg = compose(parse_arguments(["tracking.run_name=" + 300 * "n"])).jobs[0][0]
+    for invocation in (Invocation(Path(), (), {}), Invocation(Path(), (), {}, name=300 * "s")):
+        assert len(run_name(cfg, invocation)) == 250
 
 
 def test_what_runs_are_compared_by_comes_first_on_mlflows_pages(trained):

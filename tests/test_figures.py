@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from resnet_cifar import figures
 
@@ -198,6 +199,25 @@ def test_confusion_matrix_has_true_classes_in_rows_and_counts_in_cells():
     assert cells[1, 0] == "1" and cells[0, 1] == "0" and cells[1, 1] == "1,200"
     np.testing.assert_allclose(axes.images[0].get_array()[0], [0.75, 0.25, 0])
     assert "99.92% of 1,204 images correct" in texts(figure)
+
+
+def test_no_more_classes_are_named_than_have_room():
+    figure = figures.confusion_matrix(np.eye(100, dtype=int), [f"class {number}" for number in range(100)])
+    axes = figure.axes[0]
+    for axis in (axes.xaxis, axes.yaxis):
+        named = [label.get_text() for label in axis.get_ticklabels()]
+        assert named[:2] == ["class 0", "class 3"] and len(named) == 34
+
+
+def test_a_class_name_is_no_formula():
+    names = ["$10-$20", "$20-$30"]
+    drawn = [
+        figures.confusion_matrix(np.eye(2, dtype=int), names),
+        figures.sample_training_images(np.zeros((2, 4, 4, 3)), [0, 1], names),
+    ]
+    for figure in drawn:
+        texts = [text for text in figure.findobj(Text) if "$" in text.get_text()]
+        assert texts and not any(text.get_parse_math() for text in texts)
 
 
 def test_many_classes_have_colours_alone():

@@ -64,3 +64,18 @@ def test_a_training_without_a_schedule_keeps_its_learning_rate():
     training = resnet_cifar.Training(model, optimizer, augment, epochs=2, batch_size=32)
     records = list(resnet_cifar.fit(training, train, train))
     assert [record.lr for record in records] == 6 * [0.25]
+
+
+def test_mistakes_on_grey_images_are_explained_too(tmp_path):
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 256, (8, 1, 16, 16), dtype=torch.uint8)
+    images, normalise = (
+        resnet_cifar.Images(pixels, torch.arange(8) % 2, ("a", "b")),
+        resnet_cifar.Normalise([0.5], [0.5]),
+    )
+    pool = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), pool)
+    logits = resnet_cifar.evaluate(model, images, normalise).logits
+    resnet_cifar.explain_mistakes(tmp_path, model, images, logits, normalise, layers={"conv": "0"})
+    figures = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert figures == {"misclassified_images.png", "grad_cam_correct_conv.png", "grad_cam_predicted_conv.png"}

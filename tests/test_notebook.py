@@ -70,6 +70,13 @@ def test_a_wrong_setting_is_refused_before_a_folder_is_made(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("setting", ["task=find_lr", "resume=outputs/runs/x"])
+def test_another_task_than_training_is_refused(setting, tmp_path):
+    with pytest.raises(ConfigError, match=r"to python run\.py"):
+        notebook.begin(setting, f"output_dir={tmp_path}")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_holds_a_run_is_refused_before_anything_is_written(tmp_path):
     (tmp_path / "config.yaml").touch()
     with pytest.raises(StorageError, match="holds a run already"):

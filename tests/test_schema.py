@@ -55,10 +55,6 @@ def test_accepts(override):
         ("optimizer.weight_decay=-1", "optimizer.weight_decay=-1"),
         ("+optimizer.eps=inf", "optimizer.eps=inf should be a finite number"),
         ("scheduler.max_lr=[0.01,0.02]", "scheduler.max_lr=[0.01, 0.02] should be 'find' or be a valid number"),
-        (
-            "augmentation.transforms=[{_target_:resnet_cifar.augment.ProgressiveResize,first:18,epochs:2}]",
-            "should be a multiple of 4",
-        ),
         ("+optimizer.betas=[0.9,1]", "optimizer.betas.1=1 should be less than 1"),
         ("seed=true", "seed=true should be a valid integer"),
         ("seed=1e3", "seed=1000.0 should be a valid integer"),
@@ -111,6 +107,10 @@ def test_a_wrong_value_is_named_with_its_key_and_what_is_allowed(override, part)
         ("scheduler.three_phase=true scheduler.pct_start=0.6", "scheduler.pct_start=0.6 should be at most 0.5"),
         ("experiment=record data=digits", "AlternatingFlip makes other signs of digits: give augmentation=crop_cutout"),
         ("experiment=record data=digits augmentation=crop_cutout", "flip_tta makes other signs of digits"),
+        (
+            "augmentation=small_first augmentation.transforms.2.first=18",
+            "transforms.2.first=18 should be a multiple of 4",
+        ),
         ("lr_finder.end_lr=0.001", "lr_finder.end_lr=0.001 should be above optimizer.lr=0.001"),
         ("param_groups.norm_bias_lr_factor=64", "give scheduler.max_lr as a number"),
         ("scheduler.max_lr=0.1 optimizer.lr=0.01", "optimizer.lr=0.01 would do nothing"),

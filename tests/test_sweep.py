@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -400,6 +401,25 @@ def test_the_time_a_resumed_run_lay_stopped_is_not_in_the_estimate(outputs, tmp_
 )
 def test_long_decimals_are_short_in_names(value, shown):
     assert sweep.short_value(value) == shown
+
+
+def test_long_names_take_no_room_from_the_images():
+    heat_maps, labels = np.ones((2, 8, 8)), ["cat", "dog"]
+    runs = [
+        {"name": f"norm_bias_lr_factor={n} pct_start=0.208333", "heat_maps": heat_maps, "predictions": labels}
+        for n in range(7)
+    ]
+    figure = sweep_figures.grad_cam_grid(np.zeros((2, 8, 8, 3)), labels, runs, "layer_2")
+    figure.draw_without_rendering()
+    assert min(axes.get_window_extent().width for axes in figure.axes) / figure.dpi > 0.9  # of 9 inches, 8 columns
+
+
+def test_more_series_than_have_room_stay_at_their_values_and_out_of_the_legend():
+    others = [f"alpha={n}" for n in range(40)]
+    figure = sweep_figures.accuracy_against("lr", ["1"] * 40, [90.0] * 40, others, "test/accuracy")
+    [axes] = figure.axes
+    assert max(abs(x) for line in axes.get_lines() for x in line.get_xdata()) < 0.5
+    assert [text.get_text() for text in axes.get_legend().get_texts()][-1] == "and 28 more"
 
 
 def test_values_are_drawn_in_the_order_of_numbers():

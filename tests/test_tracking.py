@@ -323,6 +323,15 @@ def test_a_killed_process_leaves_a_run_that_the_next_start_ends(database, client
     alive.finish("FINISHED")
 
 
+def test_a_folder_of_another_user_is_not_read(tmp_path, monkeypatch):
+    def closed(path):
+        raise PermissionError(13, "Permission denied")
+
+    assert not delivery.has_unsent_end(tmp_path, "abc")
+    monkeypatch.setattr(Path, "exists", closed)
+    assert not delivery.has_unsent_end(tmp_path, "abc")
+
+
 def test_a_dead_run_whose_end_is_still_in_its_journal_is_not_ended_as_killed(
     database, client, tmp_path, patient, caplog
 ):
