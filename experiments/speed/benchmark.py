@@ -56,8 +56,8 @@ NAMES = {
     LIMIT: "(e) arithmetic limit",
 }
 # Steps of a turn by width, of which the first are not counted: they use up what the loaders' workers have ready by then,
-# where these are slower than the network.
-STEPS = {0.125: (20, 8), 0.5: (4, 2), 1.0: (2, 1)}
+# where these are slower than the network, and of the first five epochs' 98 steps each the end falls into them.
+STEPS = {0.125: (24, 12), 0.5: (4, 2), 1.0: (2, 1)}
 STEPS_ON_GPU = (200, 50)
 ROUNDS = 3  # turns of each side in a repeat
 BARE = ("bare_step", "bare_step_kept_memory")
