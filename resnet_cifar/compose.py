@@ -224,7 +224,9 @@ def _reason(error: Exception, arguments: argparse.Namespace) -> str:
         key, equals, value = str(error.override).partition("=")
         if not equals:
             return f"cannot read {key}: settings are written key=value"
-        if value.startswith("~/"):
+        if value.startswith("~") and value[1:2] not in ("", "/"):
+            return f"cannot read {error.override}: a value does not begin with ~, write a home folder out"
+        if value.startswith("~"):
             return f"cannot read {error.override}: write the home folder out, \"{key}='$HOME{value[1:]}'\""
         written = f"{key}={quoted(value)}"
         written = shlex.quote(written) if set('$`"\\!') & set(written) else f'"{written}"'

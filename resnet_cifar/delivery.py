@@ -116,12 +116,12 @@ class Journal:
 
 def is_abandoned(folder: Path) -> bool:
     """Whether a run has left its journal in `folder` and no process has it open."""
-    if not (folder / "tracking.jsonl").is_file():
-        return False
     lock = FileLock(folder / "tracking.lock", thread_local=False)
     try:
+        if not (folder / "tracking.jsonl").is_file():
+            return False
         lock.acquire(timeout=0)
-    except (Timeout, OSError):
+    except (Timeout, OSError):  # another user's folder may be closed to us
         return False
     lock.release()
     return True

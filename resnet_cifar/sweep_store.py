@@ -91,8 +91,11 @@ def _runs(settings: DictConfig, matching: str) -> Iterator["MlflowRun"]:
 
 def _files(run: "MlflowRun", settings: DictConfig, sweep_folder: Path) -> Path:
     """The folder with a run's files: its own, the store's, or for a run of another machine a copy from the store."""
-    own = Path(run.data.tags.get("process.folder", "/nowhere"))
-    if recording.run_id(own) != run.info.run_id:  # set aside since, for a run that is in its place
+    own: Path | None = Path(run.data.tags.get("process.folder", "/nowhere"))
+    try:
+        if recording.run_id(own) != run.info.run_id:  # set aside since, for a run that is in its place
+            own = None
+    except OSError:  # another user's
         own = None
     for folder in (own, local_folder(run.info.artifact_uri)):
         if folder is not None and (folder / "config.yaml").exists():  # only a training has a history

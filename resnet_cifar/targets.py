@@ -1,6 +1,7 @@
 """`_target_` paths from the configuration to objects: the one place that says which may be called, and calls them."""
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import Any
@@ -68,7 +69,8 @@ def check_arguments(node: DictConfig, *supplied: str) -> None:
             unknown = [key for key in keywords if key not in signature.parameters]
             hint = did_you_mean(unknown[0], signature.parameters) if unknown else ""
             if unknown and not hint and number == 0 and unknown[0] not in supplied:
-                hint = f"; take it out: ~{node._get_full_key(unknown[0])}"
+                key = re.sub(r"\[(\d+)\]", r".\1", node._get_full_key(unknown[0]))  # as Hydra writes a place in a list
+                hint = f"; take it out: ~{key}"
             raise ConfigError(f"{target.__name__}() {error}{hint} (_target_: {arguments['_target_']})") from error
 
 

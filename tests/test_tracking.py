@@ -327,9 +327,11 @@ def test_a_folder_of_another_user_is_not_read(tmp_path, monkeypatch):
     def closed(path):
         raise PermissionError(13, "Permission denied")
 
-    assert not delivery.has_unsent_end(tmp_path, "abc")
-    monkeypatch.setattr(Path, "exists", closed)
-    assert not delivery.has_unsent_end(tmp_path, "abc")
+    (tmp_path / "tracking.jsonl").write_text('{"n": 1, "run": "abc", "kind": "finish"}\n')
+    assert delivery.has_unsent_end(tmp_path, "abc") and delivery.is_abandoned(tmp_path)
+    for name in ("exists", "is_file"):
+        monkeypatch.setattr(Path, name, closed)
+    assert not delivery.has_unsent_end(tmp_path, "abc") and not delivery.is_abandoned(tmp_path)
 
 
 def test_a_dead_run_whose_end_is_still_in_its_journal_is_not_ended_as_killed(
