@@ -87,15 +87,14 @@ def _learning_rate(cfg: dict[str, Any], overrides: Sequence[str]) -> Iterator[st
             f"optimizer.lr={start} would do nothing beside scheduler.max_lr={max_lr}: the one-cycle schedule overwrites it;\n"
             "give scheduler.max_lr alone, or scheduler=constant with optimizer.lr"
         )
-    if cfg["task"] == "train" and cfg["scheduler"].get("cycle_momentum") and "optimizer.momentum" in given:
+    overwritten = []
+    if "optimizer.momentum" in given:
+        overwritten.append(f"optimizer.momentum={cfg['optimizer']['momentum']}")
+    if (first_beta := cfg["optimizer"].get("betas", [FIRST_BETA])[0]) != FIRST_BETA:
+        overwritten.append(f"the first of optimizer.betas, {first_beta},")
+    for momentum in overwritten if cfg["task"] == "train" and cfg["scheduler"].get("cycle_momentum") else ():
         yield (
-            f"optimizer.momentum={cfg['optimizer']['momentum']} would do nothing: the one-cycle schedule overwrites it;\n"
-            "give scheduler.cycle_momentum=false with it, or ++scheduler.base_momentum and max_momentum in its place"
-        )
-    first_beta = cfg["optimizer"].get("betas", [FIRST_BETA])[0]
-    if cfg["task"] == "train" and cfg["scheduler"].get("cycle_momentum") and first_beta != FIRST_BETA:
-        yield (
-            f"the first of optimizer.betas, {first_beta}, would do nothing: the one-cycle schedule overwrites it;\n"
+            f"{momentum} would do nothing: the one-cycle schedule overwrites it;\n"
             "give scheduler.cycle_momentum=false with it, or ++scheduler.base_momentum and max_momentum in its place"
         )
 

@@ -52,8 +52,8 @@ def asked_for(cfg: DictConfig) -> tuple[DictConfig, Invocation]:
     """The running Hydra job's configuration, a resumed run's own in its place, and how it was asked for."""
     hydra, job = HydraConfig.get(), sweep.current_job()
     folder = Path(hydra.runtime.output_dir)
-    # Ray starts a job anew whose process was killed: what the sweep planned to run has been on its way by then.
     overrides = tuple(OmegaConf.to_container(hydra.overrides.task, resolve=False))
+    # Ray starts a job anew whose process was killed: what the sweep planned to run has been on its way by then.
     if cfg.resume is not None or (job is not None and sweep.is_stopped(folder, cfg)):
         typed = any(override.startswith("data.root=") for override in overrides)
         cfg, invocation = resume.saved_run(folder, cfg.data.root if typed else None)

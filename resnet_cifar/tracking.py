@@ -190,13 +190,15 @@ class Store:
         """Ends as KILLED the runs of this host that are RUNNING although their process is gone."""
         mine = f"attributes.status = 'RUNNING' and tags.`process.host` = '{identity(Path())['process.host']}'"
         for run in self.client.search_runs([experiment_id], mine, max_results=1000):
+            if not is_gone(run.data.tags):
+                continue
             folder = run.data.tags.get("process.folder", "/nowhere")
-            if is_gone(run.data.tags) and has_unsent_end(Path(folder), run.info.run_id):
+            if has_unsent_end(Path(folder), run.info.run_id):
                 log.warning(
                     "The end of run %s in %s has not arrived yet. Send it: python run.py task=sync, with that run's output_dir",
                     *(run.info.run_name, folder),
                 )
-            elif is_gone(run.data.tags):
+            else:
                 self.mark_killed(run)
                 log.warning(
                     "The process of run %s (%s) is gone; the run is KILLED now. Continue it: python run.py resume=%s",
