@@ -7,16 +7,19 @@ from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.errors import ConfigError
 
 
-def check(*overrides):
-    for cfg, given in compose(parse_arguments(overrides)).jobs:
-        schema.check(cfg, given)
+def problem(*overrides):
+    """Why these overrides are refused; empty where they are not."""
+    try:
+        for cfg, given in compose(parse_arguments(overrides)).jobs:
+            schema.check(cfg, given)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def refusal(*overrides):
-    with pytest.raises(ConfigError) as refused:
-        check(*overrides)
-    message = str(refused.value)
-    assert len(message.splitlines()) <= 3, message
+    message = problem(*overrides)
+    assert 1 <= len(message.splitlines()) <= 3, message
     return message
 
 
@@ -41,7 +44,7 @@ def refusal(*overrides):
     ],
 )
 def test_accepts(override):
-    check(override)
+    assert problem(override) == ""
 
 
 @pytest.mark.parametrize(
@@ -158,7 +161,7 @@ def test_values_that_cannot_go_together_are_refused(overrides, part):
     ],
 )
 def test_the_same_values_pass_where_they_mean_something(overrides):
-    check(*overrides.split())
+    assert problem(*overrides.split()) == ""
 
 
 @pytest.mark.parametrize(
