@@ -34,13 +34,14 @@ def save(state: dict[str, Any], folder: Path) -> Path:
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    content = buffer.getvalue()
+    content = buffer.getbuffer()
     last, temporary = folder / LAST, folder / f".{LAST}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # a link left under that name would be written through
         with temporary.open("wb") as file:
-            file.write(content + _MARK + hashlib.sha256(content).hexdigest().encode())
+            file.write(content)
+            file.write(_MARK + hashlib.sha256(content).hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
         if _is_intact(last):
@@ -126,7 +127,7 @@ def _is_intact(path: Path) -> bool:
     """Whether the file is as it was written; a damaged one must not take the place of the older, valid one."""
     if not path.exists():
         return False
-    content = path.read_bytes()
+    content = memoryview(path.read_bytes())
     return content[-_TRAILER:] == _MARK + hashlib.sha256(content[:-_TRAILER]).hexdigest().encode()
 
 

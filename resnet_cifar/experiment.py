@@ -2,14 +2,12 @@
 
 import contextlib
 import dataclasses
-import itertools
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from signal import SIG_DFL
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -20,15 +18,19 @@ from resnet_cifar.deployed_model import DeployedModel
 from resnet_cifar.distributed import ALONE, World
 from resnet_cifar.evaluation import evaluate_and_explain, evaluate_checkpoint, explain_checkpoint, log_flip_accuracy
 from resnet_cifar.fingerprint import config_hash, source_hash
+from resnet_cifar.learning_rate import choose_max_lr, find_lr
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord, Training, diverged, fit
-from resnet_cifar.lr_finder import range_test, suggest
 from resnet_cifar.progress import ProgressDisplay, setting
 from resnet_cifar.recording import Invocation, check_unused, epoch_metrics, log_range_test, recorded, run_id
 from resnet_cifar.signals import StopRequest, do_nothing, stop_requests
 from resnet_cifar.sync import sync_all
+from resnet_cifar.tables import TrainingTables, cut_tables, read_csv
 from resnet_cifar.tracked_run import NoRun
 from resnet_cifar.training import begin, load, training_state
 from resnet_cifar.training_processes import launch
+
+# Of the time, at most, for the checkpoints after epochs: on a GPU an epoch can take less than one of them.
+SAVING_SHARE = 0.05
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ def train(cfg: DictConfig, invocation: Invocation) -> float:
         take_part(ALONE, cfg, invocation)
     else:
         train_in_processes(cfg, invocation)
-    return report.read_csv(invocation.folder / "history.csv")[-1]["eval_accuracy"]
+    return read_csv(invocation.folder / "history.csv")[-1]["eval_accuracy"]
 
 
 def train_in_processes(cfg: DictConfig, invocation: Invocation) -> None:
@@ -139,7 +141,7 @@ def train_in_stages(cfg: DictConfig, invocation: Invocation, world: World = ALON
         training, progress = begin(cfg, start, max_lr, world)
         steps = steps_per_epoch(train_images, training.batch_size)
         if state is not None:
-            resume.cut_tables(folder, progress, steps)
+            cut_tables(folder, progress, steps)
             log.info("Resumed in epoch %d after %d of %d batches.", progress.epoch, progress.batch, steps)
         display = progress_display(training, train_images, evaluated_on)
 
@@ -188,19 +190,6 @@ def progress_display(training: Training, train_images: Images, evaluated_on: str
     return ProgressDisplay(training.epochs, len(train_images), training.batch_size, evaluated_on, costs)
 
 
-def find_lr(cfg: DictConfig, invocation: Invocation) -> None:
-    """The LR finder alone: its curve and the learning rate it would choose."""
-    parts.check_targets(cfg)
-    parts.choose_device(cfg.trainer.device)
-    train_images, _ = parts.load_train_and_val(cfg.data)
-    built = parts.build_parts(cfg, train_images.classes)
-    with recorded(cfg, invocation, provenance.tags(built.device, built.precision)) as tracked_run:
-        found = find_max_lr(cfg, invocation.folder, built, train_images.to(built.device))
-        log_range_test(invocation.folder, tracked_run)
-        tracked_run.log_params({"scheduler.max_lr": found})
-        tracked_run.set_tags({tracking.NOTE: f"LR finder, {cfg.lr_finder.select}: **{found:.6g}**"})
-
-
 def sync(cfg: DictConfig, _invocation: Invocation) -> None:
     """Send what earlier runs under `output_dir` could not."""
     log.info("%d records sent.", sync_all(Path(cfg.output_dir)))
@@ -217,37 +206,28 @@ def follow(
     stop: StopRequest,
     world: World,
 ) -> None:
-    """Show, write and track the records of a training as they come, with checkpoints between.
+    """Show, write and track the records of a training as they come, with checkpoints between and after the last.
 
     Raises SystemExit with the signal's exit code, after a checkpoint, at the end of the first batch after a signal.
     """
-    steps: list[dict[str, Any]] = []
-    epochs: list[dict[str, Any]] = []
-
-    def write_tables() -> None:  # rows that find the disk full are tried again with those that follow
-        if steps and report.append_csv(
-            folder / "lr_history.csv", [{**row, "loss": row["loss"].item()} for row in steps]
-        ):
-            steps.clear()
-        if epochs and report.append_csv(folder / "history.csv", epochs):
-            epochs.clear()
-
-    saved = time.monotonic()
+    tables = TrainingTables(folder)
+    saved, saving = time.monotonic(), 0.0  # when the last checkpoint was written, and the seconds that it took
     try:
         for record in records:
+            tables.add(record)
             if isinstance(record, StepRecord):
                 display.step(record, progress)
-                steps.append({"step": record.step, "epoch": record.epoch, "lr": record.lr, "loss": record.loss})
             else:
                 display.epoch(record)
-                epochs.append(dataclasses.asdict(record))
                 tracked_run.log_metrics(epoch_metrics(record, display.evaluated_on), step=record.epoch)
             stopped_by = int(world.from_first(stop.signal_number))
-            due = time.monotonic() - saved > 60 * checkpoint_minutes
-            if isinstance(record, EpochRecord) or stopped_by or due:
-                write_tables()
+            pause = saving / SAVING_SHARE if isinstance(record, EpochRecord) else 60 * checkpoint_minutes
+            if stopped_by or time.monotonic() - saved > pause or progress.epoch > display.epochs:
+                tables.write()
+                began = time.monotonic()
                 save()
                 saved = time.monotonic()
+                saving = saved - began
             if stopped_by:
                 log.warning(
                     "Stopped by signal %d in epoch %d; a checkpoint is saved. Go on with it:\n  python run.py %s",
@@ -255,53 +235,7 @@ def follow(
                 )
                 raise SystemExit(128 + stopped_by)
     finally:
-        write_tables()
-
-
-def choose_max_lr(
-    cfg: DictConfig, folder: Path, built: parts.Parts, train_images: Images, tracked_run: NoRun
-) -> float | None:
-    """The peak of the schedule, found or given, logged as such; None for a schedule that has none."""
-    max_lr, source = OmegaConf.select(cfg, "scheduler.max_lr"), "given"
-    if max_lr is None:
-        return None
-    if max_lr == "find":
-        max_lr, source = find_max_lr(cfg, folder, built, train_images), "find"
-    tracked_run.log_params({"scheduler.max_lr": max_lr})
-    tracked_run.set_tags({"max_lr_source": source})
-    return max_lr
-
-
-def find_max_lr(cfg: DictConfig, folder: Path, built: parts.Parts, train_images: Images) -> float:
-    """The learning rate the range test suggests; its curve goes to lr_finder.csv and a figure."""
-    finder = cfg.lr_finder
-    log.info("LR finder: %d iterations from %g to %g", finder.num_iter, cfg.optimizer.lr, finder.end_lr)
-    batches = itertools.chain.from_iterable(
-        training_batches(train_images, built.augment, cfg.data.batch_size, cfg.seed, epoch)
-        for epoch in itertools.count()
-    )
-    curve = range_test(
-        built.network,
-        parts.build_optimizer(cfg.optimizer, cfg.param_groups, built.network),
-        batches,
-        end_lr=finder.end_lr,
-        num_iter=finder.num_iter,
-        step_mode=finder.step_mode,
-        precision=built.precision,
-        label_smoothing=cfg.trainer.label_smoothing,
-    )
-    points = list(enumerate(zip(curve.lrs.tolist(), curve.losses.tolist(), strict=True), start=1))
-    (folder / "lr_finder.csv").unlink(missing_ok=True)
-    report.append_csv(folder / "lr_finder.csv", [{"iteration": i, "lr": lr, "loss": loss} for i, (lr, loss) in points])
-    found = suggest(curve, finder.select)
-    report.draw_lr_finder(folder, curve, found, finder.select)
-    log.info("LR finder: %s gives scheduler.max_lr=%.6g", finder.select, found)
-    if found == curve.lrs[-1]:
-        log.warning(
-            "That is the end of the range, where the loss still fell: the peak may be too\n"
-            "high. Look at lr_finder.png; lr_finder.select=steepest or valley choose lower."
-        )
-    return found
+        tables.write()
 
 
 def log_model(cfg: DictConfig, built: parts.Parts, images: Images, tracked_run: NoRun) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from resnet_cifar.report import append_csv, read_csv
 from resnet_cifar.sweep import SKIP, Plan, job_name, short_names, short_value, status
+from resnet_cifar.tables import append_csv, read_csv
 
 SEED = "seed"
 

@@ -20,8 +20,8 @@ from resnet_cifar.errors import CheckpointError, StorageError
 from resnet_cifar.loop import EpochRecord
 from resnet_cifar.passwords import without_passwords
 from resnet_cifar.progress import setting, shown, where_to_look
-from resnet_cifar.report import read_csv
 from resnet_cifar.signals import exit_on_sigterm, ignored
+from resnet_cifar.tables import read_csv
 from resnet_cifar.tracked_run import NoRun
 
 # What people compare runs by, as far as a configuration has it: these always, then what was overridden, then the others.

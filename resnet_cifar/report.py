@@ -1,10 +1,7 @@
-"""What a run leaves in its folder: tables, figures and the summary in words."""
+"""What a run leaves in its folder: predictions, figures and the summary in words."""
 
-import contextlib
-import csv
 import itertools
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +16,7 @@ from resnet_cifar.augment import Normalise
 from resnet_cifar.data import Images
 from resnet_cifar.loop import Evaluation
 from resnet_cifar.lr_finder import RangeTest
+from resnet_cifar.tables import append_csv, read_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,30 +24,6 @@ if TYPE_CHECKING:
 TARGET_ACCURACY = 90  # the assignment's
 
 log = logging.getLogger(__name__)
-
-
-def append_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Add rows to a CSV file, after a header where it is new; False, a warning and the file as it was on a full disk."""
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            if not size:
-                writer.writeheader()
-            writer.writerows(rows)
-    except OSError as error:
-        log.warning("%s was not written (%s); the run goes on.", path.name, error.strerror)
-        with contextlib.suppress(OSError):
-            os.truncate(path, size)
-        return False
-    return True
-
-
-def read_csv(path: Path) -> list[dict[str, float]]:
-    """The numbers of a CSV file, a row each."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{key: int(value) if value.isdigit() else float(value) for key, value in row.items()} for row in rows]
 
 
 def save_figure(folder: Path, name: str, draw: "Callable[[], Figure]") -> None:

@@ -1,6 +1,5 @@
 """Going on with an interrupted run: finding it, its own configuration, and the state it stopped in."""
 
-import csv
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,25 +90,3 @@ def restore(training: Training, network: torch.nn.Module, progress: Progress, st
         _generators(kind).set_rng_state(state["rng"][kind])
     for name, value in state["progress"].items():
         setattr(progress, name, value)
-
-
-def cut_tables(folder: Path, progress: Progress, steps_per_epoch: int) -> None:
-    """Drop rows written after the checkpoint, which the resumed run writes again."""
-    _cut(folder / "history.csv", "epoch", progress.epoch - 1)
-    _cut(folder / "lr_history.csv", "step", (progress.epoch - 1) * steps_per_epoch + progress.batch)
-
-
-def _cut(path: Path, key: str, last: int) -> None:
-    if not path.exists():
-        return
-    with path.open(newline="") as file:
-        reader = csv.DictReader(line for line in file if line.endswith("\n"))  # a kill can tear the last one
-        names, rows = reader.fieldnames, [row for row in reader if int(row[key]) <= last]
-    if names is None:
-        return path.unlink()
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=names)
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)

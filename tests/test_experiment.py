@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import numpy as np
@@ -26,12 +27,16 @@ from processes import (
     terminated_at_the_curves,
 )
 
-from resnet_cifar import checkpoint, parts, provenance, report, schema, tracking
+from resnet_cifar import checkpoint, experiment, parts, provenance, report, schema, tracking
 from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.custom_resnet import CustomResNet
+from resnet_cifar.distributed import ALONE
 from resnet_cifar.errors import CheckpointError, ConfigError
 from resnet_cifar.evaluation import with_checkpoint
+from resnet_cifar.loop import EpochRecord, Progress
 from resnet_cifar.recording import Invocation, compared_params, run_name
+from resnet_cifar.tables import read_csv
+from resnet_cifar.tracked_run import NoRun
 
 FIGURES = {
     *("sample_training_images", "misclassified_images", "loss_and_accuracy", "lr_finder", "lr_history"),
@@ -209,6 +214,29 @@ def test_predictions_have_a_row_for_each_test_image(trained):
     correct = sum(row["label"] == row["prediction"] for row in rows)
     assert 100 * correct / 40 == pytest.approx(trained.history("test/accuracy")[-1][1])
     assert all(0.1 <= float(row["confidence"]) <= 1 for row in rows)
+
+
+def test_saving_takes_a_twentieth_of_the_time_at_most_and_the_last_epoch_is_saved(tmp_path, monkeypatch):
+    now, saved, progress = 0.0, [], Progress()
+    monkeypatch.setattr(experiment, "time", SimpleNamespace(monotonic=lambda: now))
+
+    def epochs_of_8_seconds():
+        nonlocal now
+        for epoch in range(1, 9):
+            now += 8
+            progress.epoch = epoch + 1
+            yield EpochRecord(epoch, *[0.0] * 7)
+
+    def save():
+        nonlocal now
+        now += 1
+        saved.append(progress.epoch - 1)
+
+    display = SimpleNamespace(epochs=8, evaluated_on="test", epoch=lambda record: None)
+    stop = SimpleNamespace(signal_number=0)
+    experiment.follow(epochs_of_8_seconds(), tmp_path, NoRun(), display, progress, save, 5, stop, ALONE)
+    assert saved == [1, 4, 7, 8]  # 24 s apart: two epochs, of 16 s, would be too soon
+    assert [row["epoch"] for row in read_csv(tmp_path / "history.csv")] == list(range(1, 9))
 
 
 def test_one_checkpoint_is_left(trained):

@@ -25,7 +25,7 @@ from resnet_cifar import checkpoint, recording, resume, tracking
 from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.errors import CheckpointError
 from resnet_cifar.loop import Progress, fit
-from resnet_cifar.report import read_csv
+from resnet_cifar.tables import cut_tables, read_csv
 from resnet_cifar.training import MovingAverage, training_state
 
 TIMES = ("images_per_second", "epoch_seconds")
@@ -303,7 +303,7 @@ def test_a_run_is_found_by_its_mlflow_id(uninterrupted):
 def test_a_row_that_a_kill_tore_is_written_again(tmp_path):
     (tmp_path / "lr_history.csv").write_bytes(b"step,epoch,lr,loss\r\n1,1,0.1,2.5\r\n2,1,0.1,2.4\r\n1")
     (tmp_path / "history.csv").write_bytes(b"epoch,lr,tra")
-    resume.cut_tables(tmp_path, Progress(epoch=1, batch=17), steps_per_epoch=20)
+    cut_tables(tmp_path, Progress(epoch=1, batch=17), steps_per_epoch=20)
     assert [row["step"] for row in read_csv(tmp_path / "lr_history.csv")] == [1, 2]
     assert not (tmp_path / "history.csv").exists()
 

@@ -25,7 +25,8 @@ from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.errors import StorageError
 from resnet_cifar.fingerprint import config_hash
 from resnet_cifar.leaderboard import SEED
-from resnet_cifar.report import TARGET_ACCURACY, append_csv, read_csv
+from resnet_cifar.report import TARGET_ACCURACY
+from resnet_cifar.tables import append_csv, read_csv
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

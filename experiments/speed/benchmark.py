@@ -34,7 +34,7 @@ import run_around
 from resnet_cifar.errors import StorageError
 from resnet_cifar.fingerprint import source_hash
 from resnet_cifar.parts import choose_device, choose_precision
-from resnet_cifar.report import append_csv
+from resnet_cifar.tables import append_csv
 
 FOLDER = Path(__file__).parent
 SIDES = {

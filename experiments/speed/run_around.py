@@ -13,7 +13,11 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-from resnet_cifar.report import read_csv
+import torch
+
+from resnet_cifar import checkpoint
+from resnet_cifar.custom_resnet import CustomResNet
+from resnet_cifar.tables import read_csv
 
 Entry = tuple[str, float, str, str]  # what, value, unit, target
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +33,7 @@ def measure(data_root: str, repeats: int) -> Iterator[Entry]:
         arguments.append(f"output_dir={folder}")
         yield "first run, with a new MLflow database, in all", run(arguments), "s", ""
         for repeat in range(repeats):
+            yield "a checkpoint of the network at width 1, which replaces another", checkpoint_seconds(), "s", ""
             yield "`--help`", run(["--help"]), "s", "< 1.5 s"
             yield "`--cfg job`", run(["--cfg", "job"]), "s", "< 1.5 s"
             for module in ("resnet_cifar.experiment", "mlflow", "pytorch_grad_cam"):
@@ -37,6 +42,20 @@ def measure(data_root: str, repeats: int) -> Iterator[Entry]:
             whole = run(arguments)
             yield from parts_of_run(began, began + whole, newest(Path(folder, "runs")))
             yield from sweep(arguments, repeat)
+
+
+def checkpoint_seconds() -> float:
+    """Seconds to save weights and Adam's moments where a checkpoint lies already, which is verified before it is replaced."""
+    network = CustomResNet()
+    optimizer = torch.optim.Adam(network.parameters())
+    network(torch.zeros(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    state = {"model": network.state_dict(), "optimizer": optimizer.state_dict()}
+    with tempfile.TemporaryDirectory(dir=ROOT / "outputs") as folder:  # a system's own can lie in memory
+        checkpoint.save(state, Path(folder))
+        started = time.perf_counter()
+        checkpoint.save(state, Path(folder))
+        return time.perf_counter() - started
 
 
 def parts_of_run(began: float, ended: float, folder: Path) -> Iterator[Entry]:

@@ -1,0 +1,83 @@
+"""The tables in a run's folder: CSV files that grow by rows, and those of a training, a row per step and per epoch."""
+
+import contextlib
+import csv
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from resnet_cifar.loop import EpochRecord, Progress, StepRecord
+
+STEPS, EPOCHS = "lr_history.csv", "history.csv"
+
+log = logging.getLogger(__name__)
+
+
+class TrainingTables:
+    """`lr_history.csv` and `history.csv` of the training in `folder`: records wait here until they are written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.steps: list[StepRecord] = []
+        self.epochs: list[EpochRecord] = []
+
+    def add(self, record: StepRecord | EpochRecord) -> None:
+        """Keep a record; the loss of a step stays on its device, since reading it would make a GPU wait."""
+        (self.steps if isinstance(record, StepRecord) else self.epochs).append(record)
+
+    def write(self) -> None:
+        """Add what waits to the files; rows that find the disk full are tried again with those that follow."""
+        rows = [{"step": row.step, "epoch": row.epoch, "lr": row.lr, "loss": row.loss.item()} for row in self.steps]
+        if rows and append_csv(self.folder / STEPS, rows):
+            self.steps.clear()
+        if self.epochs and append_csv(self.folder / EPOCHS, [dataclasses.asdict(row) for row in self.epochs]):
+            self.epochs.clear()
+
+
+def cut_tables(folder: Path, progress: Progress, steps_per_epoch: int) -> None:
+    """Drop rows written after the checkpoint, which the resumed run writes again."""
+    _cut(folder / EPOCHS, "epoch", progress.epoch - 1)
+    _cut(folder / STEPS, "step", (progress.epoch - 1) * steps_per_epoch + progress.batch)
+
+
+def append_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Add rows to a CSV file, after a header where it is new; False, a warning and the file as it was on a full disk."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            if not size:
+                writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        log.warning("%s was not written (%s); the run goes on.", path.name, error.strerror)
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        return False
+    return True
+
+
+def read_csv(path: Path) -> list[dict[str, float]]:
+    """The numbers of a CSV file, a row each."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{key: int(value) if value.isdigit() else float(value) for key, value in row.items()} for row in rows]
+
+
+def _cut(path: Path, key: str, last: int) -> None:
+    if not path.exists():
+        return
+    with path.open(newline="") as file:
+        reader = csv.DictReader(line for line in file if line.endswith("\n"))  # a kill can tear the last one
+        names, rows = reader.fieldnames, [row for row in reader if int(row[key]) <= last]
+    if names is None:
+        return path.unlink()
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=names)
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
