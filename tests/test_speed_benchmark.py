@@ -1,5 +1,6 @@
 """The speed study's script: what it measures in a tiny run, and the table it makes of that."""
 
+import contextlib
 import importlib
 import sys
 from dataclasses import replace
@@ -79,6 +80,32 @@ def test_turns_that_go_beyond_a_sides_last_epoch_are_an_error_that_says_so(bench
         benchmark.standing_ready(competitors.ours, setting) as turn,
     ):
         turn()
+
+
+def test_a_profile_shares_a_steps_time_out(benchmark):
+    setting = benchmark.competitors.Setting(0.125, 0, 0, "", benchmark.torch.device("cpu"), "bf16", batch_size=8)
+    shares = benchmark.step_profile.profiled(setting)
+    assert sum(shares.values()) == pytest.approx(100)
+    assert all(share > 0 for share in shares.values())
+
+
+def test_what_a_convolution_calls_is_a_convolution(benchmark):
+    kinds = [
+        benchmark.step_profile.kind_of(name) for name in ("aten::convolution_backward", "aten::fill_", "aten::relu_")
+    ]
+    assert kinds == ["convolutions", benchmark.step_profile.REST, "ReLU"]
+
+
+def test_compiled_and_as_it_is_take_turns(benchmark, monkeypatch):
+    @contextlib.contextmanager
+    def standing_ready(train, setting):
+        yield lambda: 120.0 if getattr(train, "keywords", {}) == {"compiled": True} else 100.0
+
+    monkeypatch.setattr(benchmark, "standing_ready", standing_ready)
+    arguments = benchmark.parse(["--widths", "0.5", "--repeats", "1"])
+    rows = list(benchmark.compilation(arguments, benchmark.torch.device("cpu"), "fp32"))
+    assert [row["value"] for row in rows if row["item"] == "width 0.5: compiled / as it is"] == [pytest.approx(1.2)] * 3
+    assert sum("start and first turn" in row["item"] for row in rows) == 2
 
 
 def test_our_side_trains_on_the_device_that_is_asked_for(benchmark):

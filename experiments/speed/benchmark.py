@@ -18,8 +18,10 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ import competitors
 import cost
 import data_path
 import run_around
+import step_profile
 
 from resnet_cifar.errors import StorageError
 from resnet_cifar.fingerprint import source_hash
@@ -60,6 +63,7 @@ NAMES = {
 STEPS = {0.125: (24, 12), 0.5: (4, 2), 1.0: (2, 1)}
 STEPS_ON_GPU = (200, 50)
 ROUNDS = 3  # turns of each side in a repeat
+PARTS = ("profile", "compile", "data", "run", "cost")  # beside the steps; a table each
 BARE = ("bare_step", "bare_step_kept_memory")
 # What ours should be divided by the side, at least, by the precision that the processor's instructions give.
 TARGETS = {
@@ -122,21 +126,56 @@ def code() -> str:
 def training_steps(arguments: argparse.Namespace, device: torch.device, precision: str) -> Iterator[dict]:
     """A row for each side and turn: the sides take turns of seconds, so that what disturbs one for minutes disturbs all."""
     sides = [side for side in SIDES if "lightning" not in side or has_lightning()]
-    for width in arguments.widths:
-        steps, warmup = STEPS_ON_GPU if device.type == "cuda" else STEPS.get(width, (10, 2))
-        steps = arguments.steps or steps
-        setting = competitors.Setting(width, steps, min(warmup, steps - 1), arguments.data_root, device, precision)
-        targets = TARGETS[precision] if device.type == "cpu" else {}
+    for setting in settings(arguments, device, precision):
+        width, targets = setting.width, TARGETS[precision] if device.type == "cpu" else {}
         with contextlib.ExitStack() as stack:
             turns = {side: stack.enter_context(standing_ready(SIDES[side], setting)) for side in sides}
             for repeat in range(ROUNDS * arguments.repeats):
-                first = repeat % len(sides)
-                rates = {side: turns[side]() for side in (*sides[first:], *sides[:first])}
-                rates[LIMIT] = competitors.arithmetic_limit(setting)
+                rates = {**in_turn(turns, repeat), LIMIT: competitors.arithmetic_limit(setting)}
                 print(f"width {width}, turn {repeat + 1}:", *(f"{side} {rates[side]:.1f}" for side in (*sides, LIMIT)))
                 for side in (*sides, LIMIT):
                     target = targets.get((side, width), "")
                     yield row("step", side, rates[side], "images/s", target and f"ours / this >= {target}", width)
+
+
+def compilation(arguments: argparse.Namespace, device: torch.device, precision: str) -> Iterator[dict]:
+    """What `trainer.compile` costs before the first turn is over, and what it gives in those that follow."""
+    sides = {"as it is": competitors.ours, "compiled": partial(competitors.ours, compiled=True)}
+    for setting in settings(arguments, device, precision):
+        with contextlib.ExitStack() as stack:
+            turns, where = {}, f"width {setting.width}"
+            for side, train in sides.items():
+                started = time.perf_counter()
+                turns[side] = stack.enter_context(standing_ready(train, setting))
+                seconds = time.perf_counter() - started
+                yield row("compile", f"{where}: {side}, start and first turn", seconds, "s", "", setting.width)
+            for repeat in range(ROUNDS * arguments.repeats):
+                rates = in_turn(turns, repeat)
+                for side, rate in rates.items():
+                    yield row("compile", f"{where}: {side}", rate, "images/s", "", setting.width)
+                ratio = rates["compiled"] / rates["as it is"]
+                yield row("compile", f"{where}: compiled / as it is", ratio, "x", "", setting.width)
+
+
+def profiles(arguments: argparse.Namespace, device: torch.device, precision: str) -> Iterator[dict]:
+    """Where a step's time goes at each width."""
+    for setting in settings(arguments, device, precision):
+        for entry in step_profile.measure(new_process, setting):
+            yield row("profile", *entry, setting.width)
+
+
+def settings(arguments: argparse.Namespace, device: torch.device, precision: str) -> Iterator[competitors.Setting]:
+    """What is trained at each width, and the steps of a turn."""
+    for width in arguments.widths:
+        steps, warmup = STEPS_ON_GPU if device.type == "cuda" else STEPS.get(width, (10, 2))
+        steps = arguments.steps or steps
+        yield competitors.Setting(width, steps, min(warmup, steps - 1), arguments.data_root, device, precision)
+
+
+def in_turn(turns: Mapping[str, Callable[[], float]], repeat: int) -> dict[str, float]:
+    """Images/s of a turn of each side, each round beginning with another."""
+    sides, first = list(turns), repeat % len(turns)
+    return {side: turns[side]() for side in (*sides[first:], *sides[:first])}
 
 
 @contextlib.contextmanager
@@ -226,7 +265,7 @@ def step_table(groups: dict[tuple[str, str, str], list[dict]]) -> list[str]:
 
 
 def part_table(groups: dict[tuple[str, str, str], list[dict]], part: str) -> list[str]:
-    """Markdown: the measurements of the data path, of the run around the training, or of how cost grows."""
+    """Markdown: the measurements of one of PARTS."""
     lines = [f"| {part} | median (min - max, repeats) | target |", "|---|---|---|"]
     for (its_part, _, item), entries in groups.items():
         values, unit = [float(entry["value"]) for entry in entries], entries[0]["unit"]
@@ -274,9 +313,7 @@ def step_count(text: str) -> int:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only", choices=("step", "data", "run", "cost", "table"), help="one part; table measures nothing"
-    )
+    parser.add_argument("--only", choices=("step", *PARTS, "table"), help="one part; table measures nothing")
     parser.add_argument("--widths", type=float, nargs="+", default=list(STEPS))
     parser.add_argument(
         "--steps", type=step_count, help="a turn's optimizer steps, warm-up included (default: by width)"
@@ -293,12 +330,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     device = choose_device(arguments.device)
     precision = choose_precision("auto", device)
+    arguments.output.mkdir(parents=True, exist_ok=True)
     on, results = machine(device, precision), arguments.output / "results.csv"
     print(on)
     of = {"machine": on, "code": code()}
     measurements = {
         "step": lambda: training_steps(arguments, device, precision),
-        "data": lambda: (row("data", *entry) for entry in data_path.measure(arguments.data_root, arguments.repeats)),
+        "profile": lambda: profiles(arguments, device, precision),
+        "compile": lambda: compilation(arguments, device, precision),
+        "data": lambda: (
+            row("data", *entry) for entry in data_path.measure(arguments.data_root, arguments.repeats, device)
+        ),
         "run": lambda: (row("run", *entry) for entry in run_around.measure(arguments.data_root, arguments.repeats)),
         "cost": lambda: (
             row("cost", *entry)
@@ -314,10 +356,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not append_csv(results, [{**of, **entry}]):
                 sys.exit(StorageError.exit_code)
     groups = measured(results, on)
-    print("", *step_table(groups), sep="\n")
-    for part in ("data", "run", "cost"):
+    known = {part for part, _, _ in groups}
+    if "step" in known:
+        print("", *step_table(groups), sep="\n")
+    for part in filter(known.__contains__, PARTS):
         print("", *part_table(groups, part), sep="\n")
-    if any(part == "step" for part, _, _ in groups):
+    if "step" in known:
         plot(groups, on, arguments.output / "images_per_second.png")
 
 

@@ -60,8 +60,7 @@ class Stopwatch:
         self.steps += 1
         if self.steps not in (self.setting.warmup, self.setting.steps):
             return False
-        if self.setting.device.type == "cuda":
-            torch.cuda.synchronize(self.setting.device)
+        wait_for(self.setting.device)
         if self.steps == self.setting.warmup:
             self.started = perf_counter()
             return False
@@ -72,6 +71,12 @@ class Stopwatch:
     def images_per_second(self) -> float:
         counted = self.setting.steps - self.setting.warmup
         return counted * self.setting.batch_size / (self.stopped - self.started)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until a GPU has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class TurnWatch(Stopwatch):
@@ -100,9 +105,10 @@ def configuration(setting: Setting) -> DictConfig:
     return compose(arguments).jobs[0][0]
 
 
-def ours(setting: Setting, watch: Stopwatch, world: World = ALONE) -> None:
+def ours(setting: Setting, watch: Stopwatch, world: World = ALONE, compiled: bool = False) -> None:
     """(a) This package: the parts and the loop of `run.py`, precision auto."""
     cfg = configuration(setting)
+    cfg.trainer.compile = compiled
     train = parts.load_train_and_val(cfg.data)[0].to(setting.device)
     training = build_training(cfg, parts.build_parts(cfg, train.classes), train, MAX_LR, world)
     for epoch in range(1, training.epochs + 1):
@@ -242,8 +248,7 @@ def matrix_product_flops(device: torch.device, precision: str, size: int = 4096,
         started = perf_counter()
         for _ in range(in_a_row):
             left @ right
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         best = min(best, (perf_counter() - started) / in_a_row)
     return 2 * size**3 / best
 

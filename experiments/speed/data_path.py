@@ -1,4 +1,4 @@
-"""The data path alone: batches of 512 by ours and by a DataLoader's workers, and the memory that a data set takes."""
+"""The data path alone: batches of 512 by ours, on the device, and by a DataLoader's workers, and the memory it takes."""
 
 import contextlib
 import resource
@@ -17,36 +17,38 @@ Entry = tuple[str, float, str, str]  # what, value, unit, target
 OURS, LOADER = "our data path", "per-image transforms in a DataLoader with 2 workers"
 
 
-def measure(data_root: str, repeats: int) -> Iterator[Entry]:
-    """Images/s of both sides and their ratio, `repeats` times in turn; once the memory."""
-    setting = competitors.Setting(1.0, 0, 0, data_root, torch.device("cpu"), "fp32")
+def measure(data_root: str, repeats: int, device: torch.device) -> Iterator[Entry]:
+    """Images/s of both sides and their ratio, `repeats` times in turn; once the memory that they take of the machine's own."""
+    setting = competitors.Setting(1.0, 0, 0, data_root, device, "fp32")
     cfg = competitors.configuration(setting)
     before = peak_memory()
     train = parts.load_train_and_val(cfg.data)[0]
     yield "training set as a uint8 tensor", train.images.nbytes / 1e6, "MB", ""
     yield "peak memory that loading it adds", peak_memory() - before, "MB", ""
-    augment = parts.build_parts(cfg, train.classes).augment
+    augment, images = parts.build_parts(cfg, train.classes).augment, train.to(device)
     # Before there is a DataLoader, whose data set holds the pixels once more.
     forget_peak_memory()
     loaded = peak_memory()
-    for _ in training_batches(train, augment, 512, seed=0, epoch=1):
+    for _ in training_batches(images, augment, 512, seed=0, epoch=1):
         pass
     yield "peak memory that an epoch of our data path adds", peak_memory() - loaded, "MB", "no copy of the set"
     for epoch in range(1, repeats + 1):
-        ours = rate(training_batches(train, augment, 512, seed=0, epoch=epoch), counted=80)
-        loader = rate(iter(competitors.student_loader(setting)), counted=60)
+        ours = rate(training_batches(images, augment, 512, seed=0, epoch=epoch), counted=80, device=device)
+        loader = rate(iter(competitors.student_loader(setting)), counted=60, device=device)
         yield OURS, ours, "images/s", ""
         yield LOADER, loader, "images/s", ""
         yield "ratio", ours / loader, "x", ">= 20"
     yield "copies of the pixels that a second job makes", float(copies(train, cfg)), "", "0"
 
 
-def rate(batches: Iterator, counted: int, warmup: int = 8) -> float:
+def rate(batches: Iterator, counted: int, device: torch.device, warmup: int = 8) -> float:
     """Images/s of `counted` batches after the first ones, in which the workers start and their queues settle."""
     for _ in range(warmup):
         next(batches)
+    competitors.wait_for(device)
     started = time.perf_counter()
     images = sum(len(next(batches)[1]) for _ in range(counted))
+    competitors.wait_for(device)
     return images / (time.perf_counter() - started)
 
 
