@@ -82,6 +82,28 @@ def learning_curves(runs: Sequence[tuple[str, Sequence[float]]], metric: str) ->
     return figure
 
 
+@matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"})
+def final_accuracies(runs: Sequence[tuple[str, float]], compared_with: str, metric: str) -> Figure:
+    """Final accuracy (%): a line of points per name, one for each of its runs, with their mean; names come best first.
+
+    A broken line goes through the mean of the name `compared_with`.
+    """
+    names = list(dict.fromkeys(name for name, _ in runs))
+    figure = Figure(figsize=(9, 1.2 + 0.34 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    for place, name in enumerate(names):
+        accuracies = [accuracy for other, accuracy in runs if other == name]
+        axes.plot(accuracies, [place] * len(accuracies), "o", color=EVAL, markersize=6, alpha=0.5)
+        axes.plot([mean(accuracies)], [place], "|", color=INK, markersize=16, markeredgewidth=2)
+        if name == compared_with:
+            axes.axvline(mean(accuracies), color=MUTED, linewidth=1, linestyle="--", zorder=0)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(f"final {metric} (%)")
+    axes.set_title("Final accuracy: a point per seed, a stroke at their mean", loc="left")
+    return figure
+
+
 @matplotlib.rc_context(STYLE | {"axes.grid": False})
 def grad_cam_grid(
     images: np.ndarray, labels: Sequence[str], runs: Sequence[Mapping[str, object]], layer: str

@@ -76,4 +76,4 @@ def test_report_compares_rows_at_equal_seeds(measure):
         "| first | 91.00% | ± 1.41 | 2 | 91.50% | - |",
         "| other | 84.50% | ± 12.58 | 3 | 85.00% | +0.75 ± 0.25 |",
     ]
-    assert (measure.folder / "figures" / "tiny.png").stat().st_size > 10_000
+    assert all((measure.folder / "figures" / f"tiny{name}.png").stat().st_size > 10_000 for name in ("", "_final"))

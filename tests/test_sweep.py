@@ -446,6 +446,15 @@ def test_seeds_of_a_point_are_drawn_under_their_mean():
     assert (first, second, average) == ([10.0, 20.0], [20.0, 40.0], [15.0, 30.0])
 
 
+def test_final_accuracies_have_a_line_per_name_the_best_on_top_and_the_base_marked():
+    runs = [("best", 92.0), ("best", 90.0), ("base", 80.0)]
+    [axes] = sweep_figures.final_accuracies(runs, "base", "val/accuracy").axes
+    points, average, *_ = axes.get_lines()
+    assert (points.get_xdata().tolist(), average.get_xdata().tolist()) == ([92.0, 90.0], [91.0])
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["best", "base"] and axes.yaxis_inverted()
+    assert axes.get_lines()[-1].get_xdata() == [80.0, 80.0]
+
+
 def test_the_same_sweep_does_not_run_twice_at_once(commands, outputs, tmp_path):
     arguments = [*SWEEP, "seed=0,1", "tracking=none", f"output_dir={outputs}"]
     folder = compose(parse_arguments(arguments)).sweep.folder

@@ -5,7 +5,7 @@
 
 A run that was killed goes on where it stopped when the command is given again. `results.csv` gets a row as soon as a run ends.
 Its history goes to `histories/`. Runs of a study are told apart by row and seed. `--list` says what is there and what is not, and
-runs nothing; `--report` prints the study's table and draws its learning curves into `figures/`.
+runs nothing; `--report` prints the study's table and draws its learning curves and final accuracies into `figures/`.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def history(study: str, row: str, seed: int | str) -> Path:
 
 
 def report(study: str, first: str) -> None:
-    """Prints the study's table in Markdown, best first, and draws `figures/<study>.png`.
+    """Prints the study's table in Markdown, best first, and draws `figures/<study>.png` (curves) and `<study>_final.png`.
 
     Accuracies (%) are means over seeds, the first with the sample's deviation. A difference is to the row `first`: the mean
     over the seeds that both have, with its standard error.
@@ -108,8 +108,10 @@ def report(study: str, first: str) -> None:
         table.append({**shown, "difference": with_standard_error(pairs)})
     print(leaderboard.markdown(table))
     ranked = [run for row in table for run in found if run.values["row"] == row["row"] and run.history]
+    (HERE / "figures").mkdir(exist_ok=True)
+    finals = [(run.values["row"], run.accuracy) for row in table for run in found if run.values["row"] == row["row"]]
+    sweep_figures.final_accuracies(finals, first, metric).savefig(HERE / "figures" / f"{study}_final.png")
     if ranked:
-        (HERE / "figures").mkdir(exist_ok=True)
         curves = [(run.values["row"], [epoch["eval_accuracy"] for epoch in run.history]) for run in ranked]
         sweep_figures.learning_curves(curves, metric).savefig(HERE / "figures" / f"{study}.png")
 

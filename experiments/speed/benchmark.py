@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,6 +38,9 @@ from resnet_cifar.errors import StorageError
 from resnet_cifar.fingerprint import source_hash
 from resnet_cifar.parts import choose_device, choose_precision
 from resnet_cifar.tables import append_csv
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).parent
 SIDES = {
@@ -275,31 +278,31 @@ def part_table(groups: dict[tuple[str, str, str], list[dict]], part: str) -> lis
     return lines
 
 
-def plot(groups: dict[tuple[str, str, str], list[dict]], title: str, path: Path) -> None:
-    """A group of bars for each width, logarithmic: the median of each side, the spread as a line."""
+def plot(groups: dict[tuple[str, str, str], list[dict]], title: str) -> "Figure":
+    """A panel for each width: a bar for each side's median, the spread as a line."""
+    import matplotlib
     from matplotlib.figure import Figure
+
+    from resnet_cifar.figures import EVAL, INK, STYLE, TRAIN
 
     widths = sorted({width for part, width, _ in groups if part == "step"}, key=float)
     sides = [side for side in NAMES if any(("step", width, side) in groups for width in widths)]
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for number, side in enumerate(sides):
-        places = [place for place, width in enumerate(widths) if ("step", width, side) in groups]
-        entries = [groups["step", widths[place], side] for place in places]
-        medians = [median(group) for group in entries]
-        values = [[float(entry["value"]) for entry in group] for group in entries]
-        below = [middle - min(group) for middle, group in zip(medians, values, strict=True)]
-        above = [max(group) - middle for middle, group in zip(medians, values, strict=True)]
-        offset = (number - (len(sides) - 1) / 2) * 0.8 / len(sides)
-        axes.bar(
-            [place + offset for place in places], medians, 0.75 / len(sides), yerr=(below, above), label=NAMES[side]
-        )
-    axes.set_yscale("log")
-    axes.set_xticks(range(len(widths)), [f"width {width}" for width in widths])
-    axes.set_ylabel("training images/s")
-    axes.set_title(title, fontsize=8)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"}):
+        figure = Figure(figsize=(9, 3), layout="constrained")
+        for axes, width in zip(figure.subplots(1, len(widths), sharey=True, squeeze=False)[0], widths, strict=True):
+            values = [[float(entry["value"]) for entry in groups.get(("step", width, side), ())] for side in sides]
+            medians = [statistics.median(each) if each else 0.0 for each in values]
+            axes.barh(range(len(sides)), medians, color=[EVAL if side == "ours" else TRAIN for side in sides])
+            for place, each in enumerate(values):
+                if each:
+                    axes.plot([min(each), max(each)], [place, place], color=INK, linewidth=1)
+            axes.set_yticks(range(len(sides)), [NAMES[side] for side in sides], fontsize=9)
+            axes.set_ylim(len(sides) - 0.5, -0.5)
+            axes.tick_params(axis="x", labelsize=9)
+            axes.set_title(f"width {width}")
+        figure.suptitle(title, fontsize=8, x=0.01, ha="left")
+        figure.supxlabel("training images/s: median of the turns, line from the lowest to the highest", fontsize=9)
+    return figure
 
 
 def step_count(text: str) -> int:
@@ -362,7 +365,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for part in filter(known.__contains__, PARTS):
         print("", *part_table(groups, part), sep="\n")
     if "step" in known:
-        plot(groups, on, arguments.output / "images_per_second.png")
+        figure = plot(groups, on)
+        figure.savefig(arguments.output / f"images_per_second_{device.type}_{precision}.png")
 
 
 if __name__ == "__main__":
