@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord
 
 STEPS, EPOCHS = "lr_history.csv", "history.csv"
@@ -30,11 +32,17 @@ class TrainingTables:
 
     def write(self) -> None:
         """Add what waits to the files; rows that find the disk full are tried again with those that follow."""
-        rows = [{"step": row.step, "epoch": row.epoch, "lr": row.lr, "loss": row.loss.item()} for row in self.steps]
-        if rows and append_csv(self.folder / STEPS, rows):
+        if self.steps and append_csv(self.folder / STEPS, self._step_rows()):
             self.steps.clear()
         if self.epochs and append_csv(self.folder / EPOCHS, [dataclasses.asdict(row) for row in self.epochs]):
             self.epochs.clear()
+
+    def _step_rows(self) -> list[dict[str, Any]]:
+        losses = torch.stack([record.loss for record in self.steps]).tolist()  # a GPU is waited for once
+        return [
+            {"step": record.step, "epoch": record.epoch, "lr": record.lr, "loss": loss}
+            for record, loss in zip(self.steps, losses, strict=True)
+        ]
 
 
 def cut_tables(folder: Path, progress: Progress, steps_per_epoch: int) -> None:
