@@ -14,7 +14,7 @@ from resnet_cifar.explain import load_pictures
 from resnet_cifar.loop import Evaluation, evaluate
 from resnet_cifar.parts import Parts, build_parts
 from resnet_cifar.recording import Invocation, find_run, recorded
-from resnet_cifar.tracked_run import NoRun
+from resnet_cifar.tracked_run import Run
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def restore_parts(cfg: DictConfig, state: dict[str, Any]) -> Parts:
     return built
 
 
-def log_flip_accuracy(cfg: DictConfig, built: Parts, images: Images, tracked_run: NoRun, epoch: int) -> None:
+def log_flip_accuracy(cfg: DictConfig, built: Parts, images: Images, tracked_run: Run, epoch: int) -> None:
     """The accuracy with test-time augmentation, under a name of its own beside that of the single view."""
     flipped = evaluate(built.network, images, built.augment.normalise, cfg.data.batch_size, built.precision, flip=True)
     tracked_run.log_metrics({"test/accuracy_flip_tta": flipped.accuracy}, step=epoch)

@@ -25,7 +25,7 @@ from resnet_cifar.recording import Invocation, check_unused, epoch_metrics, log_
 from resnet_cifar.signals import StopRequest, do_nothing, stop_requests
 from resnet_cifar.sync import sync_all
 from resnet_cifar.tables import TrainingTables, cut_tables, read_csv
-from resnet_cifar.tracked_run import NoRun
+from resnet_cifar.tracked_run import Run
 from resnet_cifar.training import begin, load, training_state
 from resnet_cifar.training_processes import launch
 
@@ -198,7 +198,7 @@ def sync(cfg: DictConfig, _invocation: Invocation) -> None:
 def follow(
     records: Iterator[StepRecord | EpochRecord],
     folder: Path,
-    tracked_run: NoRun,
+    tracked_run: Run,
     display: ProgressDisplay,
     progress: Progress,
     save: Callable[[], None],
@@ -238,7 +238,7 @@ def follow(
         tables.write()
 
 
-def log_model(cfg: DictConfig, built: parts.Parts, images: Images, tracked_run: NoRun) -> None:
+def log_model(cfg: DictConfig, built: parts.Parts, images: Images, tracked_run: Run) -> None:
     """The network with its normalisation inside, as an MLflow model of raw pictures."""
     model = DeployedModel(built.network, list(cfg.data.mean), list(cfg.data.std))
     example = images.images[:1].expand(2, -1, -1, -1).permute(0, 2, 3, 1).cpu().contiguous().numpy()

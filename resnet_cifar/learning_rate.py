@@ -11,7 +11,7 @@ from resnet_cifar.data import Images, training_batches
 from resnet_cifar.lr_finder import range_test, suggest
 from resnet_cifar.recording import Invocation, log_range_test, recorded
 from resnet_cifar.tables import append_csv
-from resnet_cifar.tracked_run import NoRun
+from resnet_cifar.tracked_run import Run
 from resnet_cifar.tracking import NOTE
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def find_lr(cfg: DictConfig, invocation: Invocation) -> None:
 
 
 def choose_max_lr(
-    cfg: DictConfig, folder: Path, built: parts.Parts, train_images: Images, tracked_run: NoRun
+    cfg: DictConfig, folder: Path, built: parts.Parts, train_images: Images, tracked_run: Run
 ) -> float | None:
     """The peak of the schedule, found or given, logged as such; None for a schedule that has none."""
     max_lr, source = OmegaConf.select(cfg, "scheduler.max_lr"), "given"

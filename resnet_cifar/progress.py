@@ -20,7 +20,7 @@ from tqdm import tqdm
 from resnet_cifar.compose import quoted
 from resnet_cifar.console import nobody_reads
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord
-from resnet_cifar.tracked_run import NoRun, run_page
+from resnet_cifar.tracked_run import Run, run_page
 
 STEPS_BEFORE_ESTIMATE = 10
 HOUR = 3600
@@ -127,7 +127,7 @@ class ProgressDisplay:
         )
 
 
-def where_to_look(task: str, folder: Path, tracked_run: NoRun) -> str:
+def where_to_look(task: str, folder: Path, tracked_run: Run) -> str:
     """The run's folder, figures and page in MLflow, and the command to go on with; paths are relative where they can be."""
     lines = ["", f"folder   {shown(folder)}", f"figures  {shown(folder / 'figures')}"]
     if tracked_run.url:

@@ -22,7 +22,7 @@ from resnet_cifar.passwords import without_passwords
 from resnet_cifar.progress import setting, shown, where_to_look
 from resnet_cifar.signals import exit_on_sigterm, ignored
 from resnet_cifar.tables import read_csv
-from resnet_cifar.tracked_run import NoRun
+from resnet_cifar.tracked_run import Run
 
 # What people compare runs by, as far as a configuration has it: these always, then what was overridden, then the others.
 COMPARED_GROUPS = ("data", "augmentation", "optimizer", "scheduler")
@@ -63,7 +63,7 @@ class Invocation:
 
 
 @contextmanager
-def recorded(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, str]) -> Iterator[NoRun]:
+def recorded(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, str]) -> Iterator[Run]:
     """The run in MLflow from its start to FINISHED, FAILED or KILLED; whatever happens, the folder's files go there.
 
     Raises:
@@ -133,7 +133,7 @@ def only_process(folder: Path) -> Iterator[None]:
 
 
 @ignored(signal.SIGTERM)  # a second one, when the first has ended the run, would leave it without an end
-def _end(folder: Path, tracked_run: NoRun, status: str, note: str | None) -> None:
+def _end(folder: Path, tracked_run: Run, status: str, note: str | None) -> None:
     for pattern in FILES:
         for path in sorted(folder.glob(pattern)):
             parent = path.parent.relative_to(folder).as_posix()
@@ -181,7 +181,7 @@ def epoch_metrics(record: EpochRecord, evaluated_on: str) -> dict[str, float]:
     }
 
 
-def log_range_test(folder: Path, tracked_run: NoRun) -> None:
+def log_range_test(folder: Path, tracked_run: Run) -> None:
     """The LR finder's curve, where there is one; after the epochs, since MLflow's compare page ranks by the first metric."""
     if (folder / "lr_finder.csv").exists():
         rows = read_csv(folder / "lr_finder.csv")

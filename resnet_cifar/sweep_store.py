@@ -22,7 +22,7 @@ from resnet_cifar.progress import LOCAL_SERVER, shown_uri
 from resnet_cifar.store_errors import user_errors
 from resnet_cifar.sweep import SKIP, configuration, is_of_this_source, status
 from resnet_cifar.sync import sync_all
-from resnet_cifar.tracked_run import NoRun, run_page
+from resnet_cifar.tracked_run import Run, run_page
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
@@ -178,7 +178,7 @@ def run_id(folder: Path) -> str | None:
     return folder.name if folder.parent.name == COPIES else recording.run_id(folder)
 
 
-def log_summary(cfg: DictConfig, sweep_id: str, name: str, note: str, folder: Path) -> NoRun:
+def log_summary(cfg: DictConfig, sweep_id: str, name: str, note: str, folder: Path) -> Run:
     """The sweep's summary as one run, the same one again when the sweep goes on; returns it."""
     known = _known_summary(cfg, sweep_id)
     summary = tracking.start(
@@ -206,7 +206,7 @@ def _known_summary(cfg: DictConfig, sweep_id: str) -> "MlflowRun | None":
     return None
 
 
-def where_to_look(uri: str, summary: NoRun, run_ids: Sequence[str]) -> list[str]:
+def where_to_look(uri: str, summary: Run, run_ids: Sequence[str]) -> list[str]:
     """Lines that lead to MLflow's compare page on exactly these runs and to the summary's page, for a database after
     the command that serves it."""
     runs, experiments = (

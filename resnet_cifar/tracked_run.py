@@ -1,6 +1,8 @@
-"""A run as the experiment sees it: every call writes a journal record and returns, threads deliver."""
+"""A run as the experiment sees it: in its folder alone, or tracked: then calls write journal records, which threads deliver."""
 
+import contextlib
 import functools
+import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,43 +26,82 @@ def run_page(server: str, experiment_id: str, run_id: str) -> str:
     return f"{server}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
 
+SUMMARY = "run.json"  # in a run's folder
+NOTE = "mlflow.note.content"
 POINTS_PER_RECORD = 1000  # MLflow's limits for one request
 VALUES_PER_RECORD = 100
 FLUSH_SECONDS = 10.0
 UPLOAD_SECONDS = 60.0
 
 
-class NoRun:
-    """A run that is not tracked (tracking=none): every call does nothing."""
+class Run:
+    """A run in its folder alone (tracking=none): what it says of itself is kept in `run.json`, and nothing is sent.
+
+    `run.json` holds parameters, tags and the last value of each metric, at the end status and note too; where it lies already,
+    the run goes on.
+    """
 
     run_id = url = experiment_id = None
 
+    def __init__(self, folder: Path, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
+        self._path = folder / SUMMARY
+        self._said: dict[str, Any] = {"params": {}, "tags": {}, "metrics": {}}
+        with contextlib.suppress(FileNotFoundError, ValueError):  # a power cut can leave it empty
+            self._said |= json.loads(self._path.read_text(encoding="utf-8"))
+        self._said["params"] |= _as_texts(params)
+        self._said["tags"] |= _as_texts(tags)
+        self._write()
+
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Does nothing."""
+        """One value per metric, all at `step`."""
+        self._said["metrics"] |= {key: _plain(value) for key, value in metrics.items()}
 
     def log_series(self, points: Iterable[tuple[str, float, int]]) -> None:
-        """Does nothing."""
+        """Many points `(key, value, step)` at once, which the run's tables have."""
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Does nothing."""
+        """Parameters."""
+        self._said["params"] |= _as_texts(params)
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Does nothing."""
+        """Tags; the last value of each stays."""
+        self._said["tags"] |= _as_texts(tags)
 
     def log_file(self, path: Path, artifact_path: str | None = None) -> None:
-        """Does nothing."""
+        """A file, which lies in the folder already."""
 
     def log_model(self, model: "nn.Module", example: "np.ndarray", metadata: dict[str, Any]) -> None:
-        """Does nothing."""
+        """A model, which MLflow alone keeps."""
 
     def finish(self, status: str, note: str | None = None) -> None:
-        """Does nothing."""
+        """Ends the run as FINISHED, FAILED or KILLED; `note` replaces its Markdown summary."""
+        self._said["status"] = status
+        if note:
+            self.set_tags({NOTE: note})
+        self._write()
+
+    def _write(self) -> None:
+        temporary = self._path.with_suffix(".tmp")
+        try:
+            temporary.write_text(json.dumps(self._said, indent=1, ensure_ascii=False), encoding="utf-8")
+            temporary.replace(self._path)
+        except OSError as error:
+            log.warning("%s was not written (%s); the run goes on.", self._path.name, error.strerror)
 
 
-class Run(NoRun):
-    """A run in the store behind `journal`; its calls neither wait for the store nor raise when it fails."""
+class TrackedRun(Run):
+    """A run in the store behind `journal` too; its calls neither wait for the store nor raise when it fails."""
 
-    def __init__(self, store: "Store", journal: Journal, run_id: str, experiment_id: str) -> None:
+    def __init__(
+        self,
+        store: "Store",
+        journal: Journal,
+        run_id: str,
+        experiment_id: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, Any],
+    ) -> None:
+        super().__init__(journal.folder, params, tags)
         self.run_id, self.experiment_id, self.url = run_id, experiment_id, store.url(experiment_id, run_id)
         self._store, self._journal, self._finished = store, journal, False
         # Of the run before it was resumed, which repeats what came after its last checkpoint.
@@ -73,9 +114,11 @@ class Run(NoRun):
             (self._files if record["kind"] in ("file", "model") else self._records).put(record)
         self._records.start()
         self._files.start()
+        self._send_values("params", params)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """One point per metric, all at `step`."""
+        super().log_metrics(metrics, step)
         self.log_series((key, value, step) for key, value in metrics.items())
 
     def log_series(self, points: Iterable[tuple[str, float, int]]) -> None:
@@ -86,10 +129,12 @@ class Run(NoRun):
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Parameters; MLflow refuses to change one, which becomes a warning."""
+        super().log_params(params)
         self._send_values("params", params)
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Tags; the last value of each stays."""
+        super().set_tags(tags)
         self._send_values("tags", tags)
 
     def log_file(self, path: Path, artifact_path: str | None = None) -> None:
@@ -122,6 +167,7 @@ class Run(NoRun):
         if self._finished:
             return
         self._finished = True
+        super().finish(status, note)
         end = self._journal.append(self.run_id, "finish", status=status, note=without_passwords(note) if note else None)
         if self._records.drain(FLUSH_SECONDS):
             self._files.drain(FLUSH_SECONDS if self._files.failing else UPLOAD_SECONDS)
@@ -138,13 +184,17 @@ class Run(NoRun):
         self._journal.close()
 
     def _send_values(self, kind: str, values: Mapping[str, Any]) -> None:
-        plain = [(key, without_passwords(str(value))) for key, value in values.items()]
+        plain = list(_as_texts(values).items())
         for first in range(0, len(plain), VALUES_PER_RECORD):
             self._send(self._records, kind, values=dict(plain[first : first + VALUES_PER_RECORD]))
 
     def _send(self, lane: Lane, kind: str, **content: Any) -> None:
         if not self._finished:
             lane.put(self._journal.append(self.run_id, kind, **content))
+
+
+def _as_texts(values: Mapping[str, Any]) -> dict[str, str]:
+    return {key: without_passwords(str(value)) for key, value in values.items()}
 
 
 def _places(record: Record) -> Iterator[tuple[str, int]]:

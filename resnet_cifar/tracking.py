@@ -27,7 +27,7 @@ from resnet_cifar.errors import CheckpointError, ConfigError, StorageError
 from resnet_cifar.passwords import has_password, without_passwords
 from resnet_cifar.process_identity import identity, is_alive, is_gone, origin
 from resnet_cifar.store_errors import user_errors, within
-from resnet_cifar.tracked_run import NoRun, Run, run_page
+from resnet_cifar.tracked_run import NOTE, Run, TrackedRun, run_page
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NOTE = "mlflow.note.content"
 # Each only where the user's environment does not say otherwise; MLflow's own retries would take four minutes.
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -62,14 +61,14 @@ def start(
     params: Mapping[str, Any],
     tags: Mapping[str, Any],
     run_id: str | None = None,
-) -> Run | NoRun:
-    """Starts a run whose journal is in `folder`, or continues `run_id`; `uri=None` gives a run that does nothing.
+) -> Run:
+    """Starts a run whose journal is in `folder`, or continues `run_id`; `uri=None` gives one in its folder alone.
 
     `artifacts` is where a database keeps the files of a new experiment. Runs of this host whose process is gone become
     KILLED first. Raises StorageError when the store cannot be used, CheckpointError when `run_id` is not in it.
     """
     if uri is None:
-        return NoRun()
+        return Run(folder, params, tags)
     store = Store(uri)
     journal = Journal(folder)
     values = {key: without_passwords(str(value)) for key, value in {**origin(), **tags, **identity(folder)}.items()}
@@ -86,9 +85,7 @@ def start(
         journal.close()
         raise
     journal.append(run_id, "start", uri=store.uri, experiment_id=experiment_id)
-    run = Run(store, journal, run_id, experiment_id)
-    run.log_params(params)
-    return run
+    return TrackedRun(store, journal, run_id, experiment_id, params, tags)
 
 
 @contextmanager

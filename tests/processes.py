@@ -270,13 +270,13 @@ def terminated_again_at_the_end() -> None:
     from resnet_cifar import tracked_run
 
     terminated_at_grad_cam()
-    finish = tracked_run.Run.finish
+    finish = tracked_run.TrackedRun.finish
 
     def finish_after_a_signal(self, *arguments):
         signals(signal.SIGTERM)
         finish(self, *arguments)
 
-    tracked_run.Run.finish = finish_after_a_signal
+    tracked_run.TrackedRun.finish = finish_after_a_signal
 
 
 def terminated_at_the_curves() -> None:

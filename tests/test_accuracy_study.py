@@ -43,8 +43,9 @@ def measure(tmp_path, outputs):
 
 
 def test_what_is_missing_is_measured_and_what_is_there_is_not(measure, cifar10):
-    _, rows = measure("--rows", "first", "--data-root", str(cifar10))
+    _, rows = measure("--rows", "first", "--data-root", str(cifar10), "--tracking", "none")
     assert [(row["row"], row["seed"], row["split"], row["epochs"]) for row in rows] == [("first", "0", "test", "1")]
+    assert rows[0]["precision"] and rows[0]["max_lr"] == "0.01" and "tracking" not in rows[0]["overrides"]
     assert 0 <= float(rows[0]["accuracy"]) <= 100 and 0 <= float(rows[0]["accuracy_flip_tta"]) <= 100
     history = list(csv.DictReader((measure.folder / "histories" / "tiny" / "first_seed_0.csv").open()))
     assert [row["eval_accuracy"] for row in history] == [rows[0]["accuracy"]]

@@ -1,6 +1,7 @@
 """A whole run in small, once, and what it leaves, read back through MLflow's own API; then the other tasks on it."""
 
 import csv
+import json
 import re
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from processes import (
     terminated_at_the_curves,
 )
 
-from resnet_cifar import checkpoint, experiment, parts, provenance, report, schema, tracking
+from resnet_cifar import checkpoint, experiment, parts, provenance, report, schema, tracked_run, tracking
 from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.custom_resnet import CustomResNet
 from resnet_cifar.distributed import ALONE
@@ -36,7 +37,6 @@ from resnet_cifar.evaluation import with_checkpoint
 from resnet_cifar.loop import EpochRecord, Progress
 from resnet_cifar.recording import Invocation, compared_params, run_name
 from resnet_cifar.tables import read_csv
-from resnet_cifar.tracked_run import NoRun
 
 FIGURES = {
     *("sample_training_images", "misclassified_images", "loss_and_accuracy", "lr_finder", "lr_history"),
@@ -168,6 +168,14 @@ def test_the_parameters_are_the_ones_people_compare(trained):
     }.items() <= (params.items())
 
 
+def test_the_folder_says_what_mlflow_says(trained):
+    said = json.loads((trained.folder / "run.json").read_text())
+    assert said["params"] == trained.tracked.data.params
+    assert said["tags"].items() <= trained.tracked.data.tags.items() and "git_commit" in said["tags"]
+    finder = {"lr_finder/loss", "lr_finder/lr"}
+    assert said["metrics"] == {key: value for key, value in trained.tracked.data.metrics.items() if key not in finder}
+
+
 def test_the_peak_is_the_one_that_was_found_and_used(trained):
     peak = float(trained.tracked.data.params["scheduler.max_lr"])
     finder = trained.table("lr_finder.csv")
@@ -234,7 +242,9 @@ def test_saving_takes_a_twentieth_of_the_time_at_most_and_the_last_epoch_is_save
 
     display = SimpleNamespace(epochs=8, evaluated_on="test", epoch=lambda record: None)
     stop = SimpleNamespace(signal_number=0)
-    experiment.follow(epochs_of_8_seconds(), tmp_path, NoRun(), display, progress, save, 5, stop, ALONE)
+    experiment.follow(
+        epochs_of_8_seconds(), tmp_path, tracked_run.Run(tmp_path, {}, {}), display, progress, save, 5, stop, ALONE
+    )
     assert saved == [1, 4, 7, 8]  # 24 s apart: two epochs, of 16 s, would be too soon
     assert [row["epoch"] for row in read_csv(tmp_path / "history.csv")] == list(range(1, 9))
 
@@ -440,6 +450,9 @@ def test_the_same_command_gives_the_same_numbers_without_tracking_too(trained, s
     again = start("seed=0", "tracking=none")
     assert again.code == 0, again.output
     assert again.tracked is None
+    said, tracked = (json.loads((run.folder / "run.json").read_text()) for run in (again, trained))
+    assert said["metrics"].keys() == tracked["metrics"].keys() and said["status"] == "FINISHED"
+    assert said["metrics"]["test/accuracy"] == tracked["metrics"]["test/accuracy"]
     assert (again.folder / "lr_history.csv").read_text() == (trained.folder / "lr_history.csv").read_text()
     assert (again.folder / "predictions.csv").read_text() == (trained.folder / "predictions.csv").read_text()
 

@@ -7,13 +7,14 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord
 from resnet_cifar.progress import ProgressDisplay, setting, shown, where_to_look
-from resnet_cifar.tracked_run import NoRun
+from resnet_cifar.tracked_run import Run
 
 
 class Terminal(io.StringIO):
@@ -137,17 +138,15 @@ def test_the_estimate_of_a_resumed_training_is_not_of_the_rest_of_an_epoch_and_i
     assert caplog.messages[1].startswith("Training takes about 5 min more")
 
 
-class DatabaseRun(NoRun):
-    run_id, experiment_id = 32 * "a", "1"
-
-    def __init__(self, database):
-        self.url = f"mlflow ui --backend-store-uri sqlite:///{database}"
+def run_in(database):
+    url = f"mlflow ui --backend-store-uri sqlite:///{database}"
+    return SimpleNamespace(run_id=32 * "a", experiment_id="1", url=url)
 
 
 def test_the_end_says_where_to_look_relative_to_the_working_directory(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "outputs" / "runs" / "2026-11-22_19-59-02_932890"
-    lines = where_to_look("train", folder, DatabaseRun(tmp_path / "outputs" / "mlflow.db")).splitlines()
+    lines = where_to_look("train", folder, run_in(tmp_path / "outputs" / "mlflow.db")).splitlines()
     assert "folder   outputs/runs/2026-11-22_19-59-02_932890" in lines
     assert "MLflow   mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db" in lines
     assert lines[-1].strip() == "checkpoint=outputs/runs/2026-11-22_19-59-02_932890"
@@ -157,7 +156,9 @@ def test_the_end_says_where_to_look_relative_to_the_working_directory(monkeypatc
 
 
 def test_a_run_that_is_not_tracked_has_no_link_and_one_that_trained_nothing_no_next_command(tmp_path):
-    assert [line.split()[0] for line in where_to_look("evaluate", tmp_path, NoRun()).splitlines()[1:]] == [
+    assert [
+        line.split()[0] for line in where_to_look("evaluate", tmp_path, Run(tmp_path, {}, {})).splitlines()[1:]
+    ] == [
         "folder",
         "figures",
     ]

@@ -18,7 +18,6 @@ from resnet_cifar import fingerprint, leaderboard, sweep, sweep_figures, sweep_s
 from resnet_cifar.compose import compose, parse_arguments, quoted
 from resnet_cifar.fingerprint import config_hash, source_hash
 from resnet_cifar.leaderboard import Result
-from resnet_cifar.tracked_run import NoRun
 
 STEPS_PER_JOB = 16
 
@@ -275,18 +274,15 @@ def test_val_accuracy_ranks_where_every_run_has_one():
     assert [row["test/accuracy"] for row in leaderboard.table(mixed)] == [64.0, 62.0, 60.0]
 
 
-class Summary(NoRun):
-    run_id, experiment_id = "s", "7"
-
-
 def test_the_end_of_a_sweep_leads_to_its_summary_and_to_the_compare_page_on_exactly_these_runs(monkeypatch, tmp_path):
-    assert sweep_store.where_to_look("http://host:5000/", Summary(), ["a", "b"]) == [
+    summary = SimpleNamespace(run_id="s", experiment_id="7")
+    assert sweep_store.where_to_look("http://host:5000/", summary, ["a", "b"]) == [
         "summary  http://host:5000/#/experiments/7/runs/s?workflowType=machine_learning",
         "compare  http://host:5000/#/compare-runs?runs=%5B%22a%22%2C%22b%22%5D&experiments=%5B%227%22%5D"
         "&workflowType=machine_learning",
     ]
     monkeypatch.chdir(tmp_path)
-    serve, *pages = sweep_store.where_to_look(f"sqlite:///{tmp_path}/outputs/mlflow.db", Summary(), ["a"])
+    serve, *pages = sweep_store.where_to_look(f"sqlite:///{tmp_path}/outputs/mlflow.db", summary, ["a"])
     assert serve == "MLflow   mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db"
     assert all("  http://127.0.0.1:5000/#/" in page for page in pages)
 

@@ -188,20 +188,28 @@ def test_links_open_the_run():
     assert tracking.Store("sqlite:////a/b.db").url("1", "abc") == "mlflow ui --backend-store-uri sqlite:////a/b.db"
 
 
-def test_without_a_store_nothing_is_written(tmp_path):
+def test_without_a_store_a_run_is_kept_in_its_folder(tmp_path):
     run = start(None, tmp_path / "run")
-    run.log_metrics({"loss": 1.0}, step=1)
+    run.log_metrics({"loss": 2.0}, step=1)
+    run.log_metrics({"loss": 1.0}, step=2)
     run.log_file(tmp_path / "run" / "missing")
-    run.finish("FINISHED")
+    run.finish("FINISHED", "**done**")
     assert run.run_id is None and run.url is None
-    assert list((tmp_path / "run").iterdir()) == []
+    [file] = (tmp_path / "run").iterdir()
+    said = json.loads(file.read_text())
+    assert (said["metrics"], said["status"], said["tags"][tracking.NOTE]) == ({"loss": 1.0}, "FINISHED", "**done**")
+
+
+@pytest.mark.parametrize("left", ['{"tags": {"git_commit": "abc"}}', ""], ids=["whole", "cut short"])
+def test_a_run_that_goes_on_keeps_what_it_said(tmp_path, left):
+    (tmp_path / "run.json").write_text(left)
+    tracked_run.Run(tmp_path, {}, {"resumed.git_commit": "def"}).finish("FINISHED")
+    said = json.loads((tmp_path / "run.json").read_text())
+    assert said["tags"] == {**({"git_commit": "abc"} if left else {}), "resumed.git_commit": "def"}
 
 
 def test_the_untracked_run_has_every_call_of_the_tracked_one():
-    public = {name for name in vars(tracked_run.Run) if not name.startswith("_")}
-    assert public == {name for name in vars(tracked_run.NoRun) if callable(getattr(tracked_run.NoRun, name))} - {
-        name for name in vars(tracked_run.NoRun) if name.startswith("_")
-    }
+    assert {name for name in vars(tracked_run.TrackedRun) if not name.startswith("_")} <= vars(tracked_run.Run).keys()
 
 
 def test_mlflow_is_imported_only_when_a_run_is_tracked():

@@ -10,6 +10,7 @@ runs nothing; `--report` prints the study's table and draws its learning curves 
 
 import argparse
 import csv
+import json
 import shlex
 import shutil
 import subprocess
@@ -20,18 +21,20 @@ from statistics import mean, stdev
 
 from omegaconf import OmegaConf
 
-from resnet_cifar import leaderboard, recording, sweep_figures, tracking
+from resnet_cifar import leaderboard, sweep_figures
 from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.errors import StorageError
 from resnet_cifar.fingerprint import config_hash
 from resnet_cifar.leaderboard import SEED
 from resnet_cifar.report import TARGET_ACCURACY
 from resnet_cifar.tables import append_csv, read_csv
+from resnet_cifar.tracked_run import SUMMARY
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results.csv"
 HISTORIES = HERE / "histories"
+ELSEWHERE = ("data.root=", "tracking=none")  # overrides that do not change a result
 
 
 def main() -> None:
@@ -52,7 +55,11 @@ def main() -> None:
             print(f"{arguments.study}: {row}, seed {seed}: python run.py {shlex.join(command)}", flush=True)
             if not arguments.list:
                 folder = Path(arguments.output_dir, arguments.study, f"{row}_seed_{seed}").absolute()
-                run(command, folder, arguments.data_root)
+                run(
+                    [*command, *(["tracking=none"] if arguments.tracking == "none" else [])],
+                    folder,
+                    arguments.data_root,
+                )
                 history(arguments.study, row, seed).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(folder / "history.csv", history(arguments.study, row, seed))
                 if not append_csv(RESULTS, [{"study": arguments.study, "row": row, "seed": seed, **result(folder)}]):
@@ -67,6 +74,7 @@ def parser(studies: dict) -> argparse.ArgumentParser:
     arguments.add_argument("--seeds", nargs="*", type=int, help="instead of the study's own")
     arguments.add_argument("--data-root", default=str(ROOT / "data"), help="the folder that holds cifar-10-batches-py")
     arguments.add_argument("--output-dir", default=str(ROOT / "outputs" / "accuracy"), help="for the runs' folders")
+    arguments.add_argument("--tracking", choices=("mlflow", "none"), default="mlflow", help="none needs no MLflow")
     arguments.add_argument("--list", action="store_true", help="say what is not measured yet, and run nothing")
     arguments.add_argument("--report", action="store_true", help="print and draw what is measured, and run nothing")
     return arguments
@@ -156,26 +164,27 @@ def run(overrides: list[str], folder: Path, data_root: str) -> None:
 
 
 def result(folder: Path) -> dict[str, object]:
-    """The row of a finished run, from its files and from MLflow."""
+    """The row of a finished run, from its files."""
     cfg = OmegaConf.load(folder / "config.yaml")
-    tracked = tracking.Store(cfg.tracking.uri).client.get_run(recording.run_id(folder)).data
+    said = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    params, tags = said["params"], said["tags"]
     history = read_csv(folder / "history.csv")
     held_out = cfg.data.val_size > 0  # a choice is made on held-out images: the test accuracy is not even written down
     return {
         "split": "val" if held_out else "test",
         "accuracy": history[-1]["eval_accuracy"],
-        "accuracy_flip_tta": "" if held_out else tracked.metrics.get("test/accuracy_flip_tta", ""),
+        "accuracy_flip_tta": "" if held_out else said["metrics"].get("test/accuracy_flip_tta", ""),
         "loss": history[-1]["eval_loss"],
         "epochs": len(history),
         "first_epoch_over_90": next((row["epoch"] for row in history if row["eval_accuracy"] >= TARGET_ACCURACY), ""),
-        "max_lr": tracked.params.get("scheduler.max_lr", ""),
+        "max_lr": params.get("scheduler.max_lr", ""),
         "seconds": round(sum(row["epoch_seconds"] for row in history)),
-        "device": f"{tracked.tags['device_name']}, {tracked.tags['threads']} threads",
-        "precision": tracked.tags["precision"],
+        "device": f"{tags['device_name']}, {tags['threads']} threads",
+        "precision": tags["precision"],
         # The second of a run that went on under another one.
-        "commit": " ".join(filter(None, map(tracked.tags.get, ("git_commit", "resumed.git_commit")))),
+        "commit": " ".join(filter(None, map(tags.get, ("git_commit", "resumed.git_commit")))),
         "date": date.today().isoformat(),
-        "overrides": " ".join(word for word in tracked.tags["overrides"].split() if not word.startswith("data.root=")),
+        "overrides": " ".join(word for word in tags["overrides"].split() if not word.startswith(ELSEWHERE)),
     }
 
 
