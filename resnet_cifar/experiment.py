@@ -210,8 +210,16 @@ def follow(
 
     Raises SystemExit with the signal's exit code, after a checkpoint, at the end of the first batch after a signal.
     """
-    tables = TrainingTables(folder)
+    tables, epochs = TrainingTables(folder), []
     saved, saving = time.monotonic(), 0.0  # when the last checkpoint was written, and the seconds that it took
+
+    def write() -> None:
+        tables.write()
+        # Not before: MLflow would keep an epoch's first numbers, which a resumed run makes again and a GPU makes others.
+        for record in epochs:
+            tracked_run.log_metrics(epoch_metrics(record, display.evaluated_on), step=record.epoch)
+        epochs.clear()
+
     try:
         for record in records:
             tables.add(record)
@@ -219,11 +227,11 @@ def follow(
                 display.step(record, progress)
             else:
                 display.epoch(record)
-                tracked_run.log_metrics(epoch_metrics(record, display.evaluated_on), step=record.epoch)
+                epochs.append(record)
             stopped_by = int(world.from_first(stop.signal_number))
             pause = saving / SAVING_SHARE if isinstance(record, EpochRecord) else 60 * checkpoint_minutes
             if stopped_by or time.monotonic() - saved > pause or progress.epoch > display.epochs:
-                tables.write()
+                write()
                 began = time.monotonic()
                 save()
                 saved = time.monotonic()
@@ -235,7 +243,7 @@ def follow(
                 )
                 raise SystemExit(128 + stopped_by)
     finally:
-        tables.write()
+        write()
 
 
 def log_model(cfg: DictConfig, built: parts.Parts, images: Images, tracked_run: Run) -> None:

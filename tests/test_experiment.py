@@ -240,13 +240,18 @@ def test_saving_takes_a_twentieth_of_the_time_at_most_and_the_last_epoch_is_save
         now += 1
         saved.append(progress.epoch - 1)
 
+    class Tracked(tracked_run.Run):
+        def log_metrics(self, metrics, step):
+            logged.append((step, len(saved)))
+
+    logged, tracked = [], Tracked(tmp_path, {}, {})
     display = SimpleNamespace(epochs=8, evaluated_on="test", epoch=lambda record: None)
     stop = SimpleNamespace(signal_number=0)
-    experiment.follow(
-        epochs_of_8_seconds(), tmp_path, tracked_run.Run(tmp_path, {}, {}), display, progress, save, 5, stop, ALONE
-    )
+    experiment.follow(epochs_of_8_seconds(), tmp_path, tracked, display, progress, save, 5, stop, ALONE)
     assert saved == [1, 4, 7, 8]  # 24 s apart: two epochs, of 16 s, would be too soon
     assert [row["epoch"] for row in read_csv(tmp_path / "history.csv")] == list(range(1, 9))
+    # Just before the checkpoint that holds them: what a killed run has logged, it does not make again.
+    assert logged == [(1, 0), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2), (7, 2), (8, 3)]
 
 
 def test_one_checkpoint_is_left(trained):
