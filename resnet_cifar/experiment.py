@@ -66,9 +66,8 @@ def asked_for(cfg: DictConfig) -> tuple[DictConfig, Invocation]:
         name=job.name if job is not None else "",
         varied=tuple(job.values) if job is not None else (),
         place=sweep.place(),
-        # Those of a run that is recorded already stay as they are.
         tags={}
-        if invocation.run_id
+        if invocation.recorded
         else {"config_hash": config_hash(cfg), "source_hash": source_hash(), **sweep.tags()},
     )
 
@@ -97,7 +96,7 @@ def train_in_processes(cfg: DictConfig, invocation: Invocation) -> None:
         as_before = before is not None and ending.exists() and ending.stat().st_mtime_ns == before
         if begun and not as_before and sweep.status(invocation.folder)[0] != "FAILED":
             # The process that recorded the run was killed, or ended as if it had been stopped.
-            stopped = dataclasses.replace(invocation, resumed=True, run_id=known)
+            stopped = dataclasses.replace(invocation, resumed=True, run_id=known, recorded=True)
             with contextlib.suppress(BaseException), recorded(cfg, stopped, {}):
                 raise error
         raise
@@ -206,7 +205,7 @@ def follow(
     stop: StopRequest,
     world: World,
 ) -> None:
-    """Show, write and track the records of a training as they come, with checkpoints between and after the last.
+    """Show the records of a training as they come; write and track them before each checkpoint, the last after the last epoch.
 
     Raises SystemExit with the signal's exit code, after a checkpoint, at the end of the first batch after a signal.
     """
@@ -215,7 +214,7 @@ def follow(
 
     def write() -> None:
         tables.write()
-        # Not before: MLflow would keep an epoch's first numbers, which a resumed run makes again and a GPU makes others.
+        # Only now: a resumed run repeats what came after its checkpoint, on a GPU with other numbers; MLflow keeps the first.
         for record in epochs:
             tracked_run.log_metrics(epoch_metrics(record, display.evaluated_on), step=record.epoch)
         epochs.clear()
@@ -229,7 +228,9 @@ def follow(
                 display.epoch(record)
                 epochs.append(record)
             stopped_by = int(world.from_first(stop.signal_number))
-            pause = saving / SAVING_SHARE if isinstance(record, EpochRecord) else 60 * checkpoint_minutes
+            pause = 60 * checkpoint_minutes
+            if isinstance(record, EpochRecord):
+                pause = min(pause, saving / SAVING_SHARE)
             if stopped_by or time.monotonic() - saved > pause or progress.epoch > display.epochs:
                 write()
                 began = time.monotonic()

@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 class Invocation:
     """How a run was asked for: its folder, the overrides as typed, the option chosen of each group; `run_id` of one resumed.
 
+    What one that is `recorded` already began with, its parameters and tags, stays.
+
     In a sweep `name` says what it `varied` (keys), `place` where in the running sweep it stands, in words; `tags` say
     which sweep that is, and which runs are the same as this one.
     """
@@ -56,6 +58,7 @@ class Invocation:
     choices: Mapping[str, str | None]
     resumed: bool = False
     run_id: str | None = None
+    recorded: bool = False
     name: str = ""
     varied: tuple[str, ...] = ()
     place: str = ""
@@ -77,13 +80,13 @@ def recorded(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, s
             **{key: cfg.tracking[key] for key in ("uri", "artifacts", "experiment")},
             run_name=run_name(cfg, invocation),
             folder=folder,
-            params={} if invocation.run_id else compared_params(cfg, invocation),
+            params={} if invocation.recorded else compared_params(cfg, invocation),
             tags={
                 "task": cfg.task,
                 "overrides": " ".join(invocation.overrides) or "none",
                 **invocation.tags,
-                # What a run began with stays: a later commit or another machine trained its later part only.
-                **{f"resumed.{name}" if invocation.run_id else name: value for name, value in provenance.items()},
+                # A later commit or another machine trained its later part only.
+                **{f"resumed.{name}" if invocation.recorded else name: value for name, value in provenance.items()},
             },
             run_id=invocation.run_id,
         )

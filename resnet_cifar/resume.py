@@ -14,6 +14,7 @@ from resnet_cifar.compose import HYDRA_FILE, outputs, quoted
 from resnet_cifar.errors import CheckpointError, ConfigError
 from resnet_cifar.loop import Progress, Training
 from resnet_cifar.recording import STATUS, Invocation, find_run, run_id
+from resnet_cifar.tracked_run import SUMMARY
 
 
 def command_line(argv: list[str]) -> list[str] | None:
@@ -65,6 +66,7 @@ def saved_run(folder: Path, root: str | None = None) -> tuple[DictConfig, Invoca
         choices=dict(hydra.runtime.choices),
         resumed=True,
         run_id=run_id(folder),
+        recorded=run_id(folder) is not None or (folder / SUMMARY).exists(),
     )
     return cfg, invocation
 

@@ -37,8 +37,8 @@ UPLOAD_SECONDS = 60.0
 class Run:
     """A run in its folder alone (tracking=none): what it says of itself is kept in `run.json`, and nothing is sent.
 
-    `run.json` holds parameters, tags and the last value of each metric, at the end status and note too; where it lies already,
-    the run goes on.
+    `run.json` holds parameters, tags and the last value of each metric but the LR finder's, and at the end the status; where it
+    lies already, the run goes on.
     """
 
     run_id = url = experiment_id = None
@@ -48,6 +48,7 @@ class Run:
         self._said: dict[str, Any] = {"params": {}, "tags": {}, "metrics": {}}
         with contextlib.suppress(FileNotFoundError, ValueError):  # a power cut can leave it empty
             self._said |= json.loads(self._path.read_text(encoding="utf-8"))
+        self._said.pop("status", None)
         self._said["params"] |= _as_texts(params)
         self._said["tags"] |= _as_texts(tags)
         self._write()
@@ -55,6 +56,7 @@ class Run:
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """One value per metric, all at `step`."""
         self._said["metrics"] |= {key: _plain(value) for key, value in metrics.items()}
+        self._write()
 
     def log_series(self, points: Iterable[tuple[str, float, int]]) -> None:
         """Many points `(key, value, step)` at once, which the run's tables have."""
@@ -62,10 +64,12 @@ class Run:
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Parameters."""
         self._said["params"] |= _as_texts(params)
+        self._write()
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Tags; the last value of each stays."""
         self._said["tags"] |= _as_texts(tags)
+        self._write()
 
     def log_file(self, path: Path, artifact_path: str | None = None) -> None:
         """A file, which lies in the folder already."""
@@ -76,14 +80,14 @@ class Run:
     def finish(self, status: str, note: str | None = None) -> None:
         """Ends the run as FINISHED, FAILED or KILLED; `note` replaces its Markdown summary."""
         self._said["status"] = status
-        if note:
-            self.set_tags({NOTE: note})
+        self._said["tags"] |= _as_texts({NOTE: note} if note else {})
         self._write()
 
     def _write(self) -> None:
         temporary = self._path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(self._said, indent=1, ensure_ascii=False), encoding="utf-8")
+            temporary.unlink(missing_ok=True)  # a link left under that name would be written through
+            temporary.write_text(json.dumps(self._said, indent=1), encoding="utf-8")
             temporary.replace(self._path)
         except OSError as error:
             log.warning("%s was not written (%s); the run goes on.", self._path.name, error.strerror)

@@ -250,7 +250,7 @@ def test_saving_takes_a_twentieth_of_the_time_at_most_and_the_last_epoch_is_save
     experiment.follow(epochs_of_8_seconds(), tmp_path, tracked, display, progress, save, 5, stop, ALONE)
     assert saved == [1, 4, 7, 8]  # 24 s apart: two epochs, of 16 s, would be too soon
     assert [row["epoch"] for row in read_csv(tmp_path / "history.csv")] == list(range(1, 9))
-    # Just before the checkpoint that holds them: what a killed run has logged, it does not make again.
+    # Just before the checkpoint that holds them: a resumed run does not repeat what is logged.
     assert logged == [(1, 0), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2), (7, 2), (8, 3)]
 
 

@@ -1,6 +1,7 @@
 """Interrupted runs, by real signals in real processes: what is kept, and that going on gives what would have been."""
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -91,11 +92,20 @@ def assert_equal_states(ours, theirs, where="state"):
         assert ours == theirs, where
 
 
+def said(folder):
+    """What the run's folder says of it, but how fast it was and how often saved."""
+    content = json.loads((folder / "run.json").read_text())
+    content["params"].pop("trainer.checkpoint_minutes", None)
+    return {**content, "metrics": {key: value for key, value in content["metrics"].items() if "speed/" not in key}}
+
+
 def assert_as_if_never_interrupted(folder, uninterrupted):
     assert_equal_states(checkpoint.load(folder), checkpoint.load(uninterrupted))
     for name in ("history.csv", "lr_history.csv", "lr_finder.csv", "predictions.csv"):
         assert table(folder / name) == table(uninterrupted / name), name
     assert points(folder) == points(uninterrupted)
+    for part in ("params", "metrics", "status"):
+        assert said(folder)[part] == said(uninterrupted)[part], part
     assert tracked(folder)[1].info.status == "FINISHED"
     figures = [{path.name for path in (run / "figures").iterdir()} for run in (folder, uninterrupted)]
     assert figures[0] == figures[1]
@@ -166,17 +176,20 @@ def test_a_checkpoint_brings_back_the_moving_average_and_the_random_state(tmp_pa
     assert_equal_states(resumed.averaged.state_dict(), whole.averaged.state_dict())
 
 
-def test_a_run_goes_on_in_the_precision_it_began_in_and_keeps_its_provenance(start, outputs):
-    start("trainer.precision=auto", fault=after_steps, fault_arguments=(STEPS + 2, signals, signal.SIGTERM)).ends()
+@pytest.mark.parametrize("tracking", ["mlflow", "none"])
+def test_a_run_goes_on_in_the_precision_it_began_in_and_keeps_its_provenance(start, outputs, tracking):
+    stopped = {"fault": after_steps, "fault_arguments": (STEPS + 2, signals, signal.SIGTERM)}
+    start("trainer.precision=auto", f"tracking={tracking}", **stopped).ends()
     folder = only_run(outputs)
-    began = tracked(folder)[1].data.tags["precision"]
+    began = said(folder)["tags"]["precision"]
     other = {"fp32": "bf16", "bf16": "fp32"}[began]  # as if it had begun on another machine
     checkpoint.save({**checkpoint.load(folder), "precision": other}, folder / "checkpoints")
     resumed = start(f"resume={folder}")
     assert resumed.ends() == 0, resumed.output
     assert f"It goes on in {other}, in which it began" in resumed.output
-    tags = tracked(folder)[1].data.tags
+    tags = said(folder)["tags"]
     assert (tags["precision"], tags["resumed.precision"]) == (began, other)
+    assert tracking == "none" or tags.items() <= tracked(folder)[1].data.tags.items()
     assert checkpoint.load(folder)["precision"] == other
 
 

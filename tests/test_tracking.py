@@ -200,12 +200,15 @@ def test_without_a_store_a_run_is_kept_in_its_folder(tmp_path):
     assert (said["metrics"], said["status"], said["tags"][tracking.NOTE]) == ({"loss": 1.0}, "FINISHED", "**done**")
 
 
-@pytest.mark.parametrize("left", ['{"tags": {"git_commit": "abc"}}', ""], ids=["whole", "cut short"])
+@pytest.mark.parametrize(
+    "left", ['{"tags": {"git_commit": "abc"}, "status": "KILLED"}', ""], ids=["whole", "cut short"]
+)
 def test_a_run_that_goes_on_keeps_what_it_said(tmp_path, left):
     (tmp_path / "run.json").write_text(left)
-    tracked_run.Run(tmp_path, {}, {"resumed.git_commit": "def"}).finish("FINISHED")
+    tracked_run.Run(tmp_path, {}, {"resumed.git_commit": "def"})
     said = json.loads((tmp_path / "run.json").read_text())
     assert said["tags"] == {**({"git_commit": "abc"} if left else {}), "resumed.git_commit": "def"}
+    assert "status" not in said
 
 
 def test_the_untracked_run_has_every_call_of_the_tracked_one():

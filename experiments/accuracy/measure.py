@@ -166,8 +166,11 @@ def run(overrides: list[str], folder: Path, data_root: str) -> None:
 def result(folder: Path) -> dict[str, object]:
     """The row of a finished run, from its files."""
     cfg = OmegaConf.load(folder / "config.yaml")
+    if not (folder / SUMMARY).exists():
+        sys.exit(f"{folder} has no {SUMMARY}, its run is of an older version: move it away")
     said = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    params, tags = said["params"], said["tags"]
+    params, tags = said["params"], {key.removeprefix("resumed."): value for key, value in said["tags"].items()}
+    tags |= said["tags"]  # what a run began with, where it was recorded then
     history = read_csv(folder / "history.csv")
     held_out = cfg.data.val_size > 0  # a choice is made on held-out images: the test accuracy is not even written down
     return {

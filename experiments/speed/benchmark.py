@@ -149,10 +149,14 @@ def compilation(arguments: argparse.Namespace, device: torch.device, precision: 
             turns, where = {}, f"width {setting.width}"
             for side, train in sides.items():
                 started = time.perf_counter()
-                turns[side] = stack.enter_context(standing_ready(train, setting))
+                try:
+                    turns[side] = stack.enter_context(standing_ready(train, setting))
+                except Exception as error:  # no C++ compiler, for one
+                    print(f"{where}, {side}: {str(error).splitlines()[0]}", file=sys.stderr)
+                    break
                 seconds = time.perf_counter() - started
                 yield row("compile", f"{where}: {side}, start and first turn", seconds, "s", "", setting.width)
-            for repeat in range(ROUNDS * arguments.repeats):
+            for repeat in range(ROUNDS * arguments.repeats if len(turns) == len(sides) else 0):
                 rates = in_turn(turns, repeat)
                 for side, rate in rates.items():
                     yield row("compile", f"{where}: {side}", rate, "images/s", "", setting.width)

@@ -1,4 +1,4 @@
-"""The data path alone: batches of 512 by ours, on the device, and by a DataLoader's workers, and the memory it takes."""
+"""The data path alone: batches of 512 by ours, on the device, and by a DataLoader's workers; the host memory it takes."""
 
 import contextlib
 import resource
@@ -18,7 +18,7 @@ OURS, LOADER = "our data path", "per-image transforms in a DataLoader with 2 wor
 
 
 def measure(data_root: str, repeats: int, device: torch.device) -> Iterator[Entry]:
-    """Images/s of both sides and their ratio, `repeats` times in turn; once the memory that they take of the machine's own."""
+    """Images/s of both sides and their ratio, `repeats` times in turn; once the host memory."""
     setting = competitors.Setting(1.0, 0, 0, data_root, device, "fp32")
     cfg = competitors.configuration(setting)
     before = peak_memory()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import competitors
 from competitors import Setting
+from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
@@ -61,7 +62,8 @@ def profiled(setting: Setting) -> dict[str, float]:
             add(called, kind)
 
     for event in watch.profiler.events():
-        if event.cpu_parent is None:
+        # A GPU's kernels are there apart too, beside the operations that own them.
+        if event.cpu_parent is None and event.device_type == DeviceType.CPU:
             add(event, REST)
     return {kind: 100 * time / sum(spent.values()) for kind, time in spent.items()}
 
