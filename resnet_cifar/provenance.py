@@ -23,12 +23,19 @@ def tags(device: torch.device, precision: str) -> dict[str, str]:
     }
 
 
+# What a CPU computes with, the fastest last: names alone do not tell, virtual machines call many processors the same.
+INSTRUCTIONS = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "neon", "sve", "sve_bf16")
+
+
 def device_name(device: torch.device) -> str:
-    """The accelerator's or the processor's name."""
+    """The accelerator's name, or the processor's with its best instructions: `AMD EPYC (avx512_bf16)`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine())
+        capabilities = torch.cpu.get_capabilities()
+        name = capabilities.get("cpu_name") or platform.processor() or platform.machine()
+        best = [instructions for instructions in INSTRUCTIONS if capabilities.get(instructions)][-1:]
+        return " ".join([name, *(f"({instructions})" for instructions in best)])
     return platform.machine()
 
 

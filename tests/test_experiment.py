@@ -195,6 +195,13 @@ def test_the_tags_say_where_the_numbers_come_from(trained):
     assert re.search(r"Test accuracy [\d.]+%", tags["mlflow.note.content"])
 
 
+@pytest.mark.parametrize(("capable_of", "said"), [((), ""), (("avx2", "avx512_f"), " (avx512_f)")])
+def test_a_processor_is_told_by_its_best_instructions(monkeypatch, capable_of, said):
+    known = {"cpu_name": "AMD EPYC", "avx2": False, **dict.fromkeys(capable_of, True)}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    assert provenance.device_name(torch.device("cpu")) == f"AMD EPYC{said}"
+
+
 def test_every_artifact_is_in_the_store_and_in_the_folder(trained):
     assert trained.artifacts() >= FILES
     root = Path(trained.tracked.info.artifact_uri.removeprefix("file://"))
