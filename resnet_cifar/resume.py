@@ -60,13 +60,14 @@ def saved_run(folder: Path, root: str | None = None) -> tuple[DictConfig, Invoca
         raise CheckpointError(
             f"The run in {folder} cannot go on, its configuration cannot be used: {reason}"
         ) from error
+    known = run_id(folder)
     invocation = Invocation(
         folder=folder,
         overrides=tuple(OmegaConf.to_container(hydra.overrides.task, resolve=False)),
         choices=dict(hydra.runtime.choices),
         resumed=True,
-        run_id=run_id(folder),
-        recorded=run_id(folder) is not None or (folder / SUMMARY).exists(),
+        run_id=known,
+        recorded=known is not None or (folder / SUMMARY).exists(),
     )
     return cfg, invocation
 

@@ -49,8 +49,8 @@ class Run:
         with contextlib.suppress(FileNotFoundError, ValueError):  # a power cut can leave it empty
             self._said |= json.loads(self._path.read_text(encoding="utf-8"))
         self._said.pop("status", None)
-        self._said["params"] |= _as_texts(params)
-        self._said["tags"] |= _as_texts(tags)
+        self._said["params"] |= as_texts(params)
+        self._said["tags"] |= as_texts(tags)
         self._write()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -63,12 +63,12 @@ class Run:
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Parameters."""
-        self._said["params"] |= _as_texts(params)
+        self._said["params"] |= as_texts(params)
         self._write()
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Tags; the last value of each stays."""
-        self._said["tags"] |= _as_texts(tags)
+        self._said["tags"] |= as_texts(tags)
         self._write()
 
     def log_file(self, path: Path, artifact_path: str | None = None) -> None:
@@ -80,7 +80,7 @@ class Run:
     def finish(self, status: str, note: str | None = None) -> None:
         """Ends the run as FINISHED, FAILED or KILLED; `note` replaces its Markdown summary."""
         self._said["status"] = status
-        self._said["tags"] |= _as_texts({NOTE: note} if note else {})
+        self._said["tags"] |= as_texts({NOTE: note} if note else {})
         self._write()
 
     def _write(self) -> None:
@@ -188,7 +188,7 @@ class TrackedRun(Run):
         self._journal.close()
 
     def _send_values(self, kind: str, values: Mapping[str, Any]) -> None:
-        plain = list(_as_texts(values).items())
+        plain = list(as_texts(values).items())
         for first in range(0, len(plain), VALUES_PER_RECORD):
             self._send(self._records, kind, values=dict(plain[first : first + VALUES_PER_RECORD]))
 
@@ -197,7 +197,8 @@ class TrackedRun(Run):
             lane.put(self._journal.append(self.run_id, kind, **content))
 
 
-def _as_texts(values: Mapping[str, Any]) -> dict[str, str]:
+def as_texts(values: Mapping[str, Any]) -> dict[str, str]:
+    """Parameters or tags as they are written down: without passwords."""
     return {key: without_passwords(str(value)) for key, value in values.items()}
 
 

@@ -24,10 +24,10 @@ from filelock import FileLock
 from resnet_cifar.artifact_files import artifact_location, link_or_copy, local_folder
 from resnet_cifar.delivery import Journal, Record, has_unsent_end
 from resnet_cifar.errors import CheckpointError, ConfigError, StorageError
-from resnet_cifar.passwords import has_password, without_passwords
+from resnet_cifar.passwords import has_password
 from resnet_cifar.process_identity import identity, is_alive, is_gone, origin
 from resnet_cifar.store_errors import user_errors, within
-from resnet_cifar.tracked_run import NOTE, Run, TrackedRun, run_page
+from resnet_cifar.tracked_run import NOTE, Run, TrackedRun, as_texts, run_page
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,7 +71,7 @@ def start(
         return Run(folder, params, tags)
     store = Store(uri)
     journal = Journal(folder)
-    values = {key: without_passwords(str(value)) for key, value in {**origin(), **tags, **identity(folder)}.items()}
+    values = as_texts({**origin(), **tags, **identity(folder)})
     _import_mlflow()  # seconds, so before the lock
     try:
         with user_errors(uri), store.creation_lock():

@@ -156,12 +156,8 @@ def test_the_end_says_where_to_look_relative_to_the_working_directory(monkeypatc
 
 
 def test_a_run_that_is_not_tracked_has_no_link_and_one_that_trained_nothing_no_next_command(tmp_path):
-    assert [
-        line.split()[0] for line in where_to_look("evaluate", tmp_path, Run(tmp_path, {}, {})).splitlines()[1:]
-    ] == [
-        "folder",
-        "figures",
-    ]
+    lines = where_to_look("evaluate", tmp_path, Run(tmp_path, {}, {})).splitlines()[1:]
+    assert [line.split()[0] for line in lines] == ["folder", "figures"]
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results.csv"
 HISTORIES = HERE / "histories"
-ELSEWHERE = ("data.root=", "tracking=none")  # overrides that do not change a result
+ELSEWHERE = ("data.root=", "tracking=")  # overrides that do not change a result
 
 
 def main() -> None:
@@ -55,11 +55,7 @@ def main() -> None:
             print(f"{arguments.study}: {row}, seed {seed}: python run.py {shlex.join(command)}", flush=True)
             if not arguments.list:
                 folder = Path(arguments.output_dir, arguments.study, f"{row}_seed_{seed}").absolute()
-                run(
-                    [*command, *(["tracking=none"] if arguments.tracking == "none" else [])],
-                    folder,
-                    arguments.data_root,
-                )
+                run([*command, f"tracking={arguments.tracking}"], folder, arguments.data_root)
                 history(arguments.study, row, seed).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(folder / "history.csv", history(arguments.study, row, seed))
                 if not append_csv(RESULTS, [{"study": arguments.study, "row": row, "seed": seed, **result(folder)}]):
@@ -115,12 +111,12 @@ def report(study: str, first: str) -> None:
             shown["with flip TTA"] = f"{mean(map(float, flipped)):.2f}%"
         table.append({**shown, "difference": with_standard_error(pairs)})
     print(leaderboard.markdown(table))
-    ranked = [run for row in table for run in found if run.values["row"] == row["row"] and run.history]
+    ranked = [run for row in table for run in found if run.values["row"] == row["row"]]
+    finals = [(run.values["row"], run.accuracy) for run in ranked]
+    curves = [(run.values["row"], [epoch["eval_accuracy"] for epoch in run.history]) for run in ranked if run.history]
     (HERE / "figures").mkdir(exist_ok=True)
-    finals = [(run.values["row"], run.accuracy) for row in table for run in found if run.values["row"] == row["row"]]
     sweep_figures.final_accuracies(finals, first, metric).savefig(HERE / "figures" / f"{study}_final.png")
-    if ranked:
-        curves = [(run.values["row"], [epoch["eval_accuracy"] for epoch in run.history]) for run in ranked]
+    if curves:
         sweep_figures.learning_curves(curves, metric).savefig(HERE / "figures" / f"{study}.png")
 
 
