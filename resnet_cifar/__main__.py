@@ -40,7 +40,7 @@ def main() -> None:
                 go_on(sys.argv[1:])
             composition = check_command_line(sys.argv[1:])
             if composition is not None and composition.sweep is not None:
-                sys.argv[1:] = sweep.prepare(sys.argv[1:], composition)
+                sys.argv[1:] = sweep.prepare(sys.argv[1:], composition.sweep)
             hydra.main(config_path=str(CONF), config_name="config", version_base=VERSION_BASE)(job)()
         except KeyboardInterrupt:
             end(KeyboardInterrupt("interrupted"), INTERRUPTED)
@@ -122,6 +122,7 @@ def job(cfg: DictConfig) -> float | None:
         fail(cfg, error, error.exit_code)
     except Exception as error:
         fail(cfg, error, UserError.exit_code)
+    return None
 
 
 def fail(cfg: DictConfig, error: BaseException, exit_code: int) -> None:

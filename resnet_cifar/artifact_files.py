@@ -13,8 +13,10 @@ def artifact_location(artifacts: str | Path | None) -> str | None:
     Raises:
         PermissionError: the folder cannot be written.
     """
-    if artifacts is None or "://" in str(artifacts):
-        return artifacts and str(artifacts)
+    if artifacts is None:
+        return None
+    if "://" in str(artifacts):
+        return str(artifacts)
     folder = Path(artifacts).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):

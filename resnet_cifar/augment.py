@@ -181,13 +181,14 @@ class Normalise:
         key = images.device, images.shape[1:], images.dtype == torch.uint8
         if key not in self._whole_images:
             scale = 255.0 if images.dtype == torch.uint8 else 1.0
-            self._whole_images[key] = tuple(
+            mean, std = (
                 (values * scale)
                 .to(images.device)
                 .expand(1, *images.shape[1:])
                 .contiguous(memory_format=self.memory_format)
                 for values in (self.mean, self.std)
             )
+            self._whole_images[key] = mean, std
         return self._whole_images[key]
 
 

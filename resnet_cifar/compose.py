@@ -41,23 +41,32 @@ HYDRA_FILE = Path(".hydra", "hydra.yaml")  # in a run's folder: how Hydra was ca
 SWEEP_ID = "SWEEP_ID"  # in hydra.sweep.dir it stands for the hash that is known when all jobs are
 
 
+Jobs = list[tuple[DictConfig, list[str]]]  # configuration and overrides of each
+
+
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep before it starts: its id, its folder, and the folder of each job, or none where the sweeper makes jobs up."""
+    """A sweep before it starts: its id, its folder, its jobs, and the folder of each, or none where the sweeper makes jobs up."""
 
     id: str
     folder: Path
+    jobs: Jobs
     job_folders: tuple[Path, ...]
+
+    @property
+    def settings(self) -> DictConfig:
+        """The first job's configuration, for what all have in common: `tracking` and `sweep`."""
+        return self.jobs[0][0]
 
 
 @dataclass(frozen=True)
 class Composition:
-    """What a command line asks for: configuration and overrides of every job, and the sweep they belong to, or the run's folder.
+    """What a command line asks for: its jobs, and the sweep they belong to, or the run's folder.
 
     The folder is None too where its name has no value, which the check of every value says.
     """
 
-    jobs: list[tuple[DictConfig, list[str]]]
+    jobs: Jobs
     sweep: Sweep | None = None
     folder: Path | None = None
 
@@ -188,7 +197,7 @@ def _composition(hydra: Hydra, arguments: argparse.Namespace) -> Composition:
     return _with_sweep(composed, [*params, *overrides], known=True)
 
 
-def _with_sweep(jobs: list[tuple[DictConfig, list[str]]], overrides: list[str], known: bool) -> Composition:
+def _with_sweep(jobs: Jobs, overrides: list[str], known: bool) -> Composition:
     """The jobs, still with their `hydra`, as those of a sweep; `known` says whether they are all of them."""
     launched = [cfg.copy() for cfg, _ in jobs]
     composed = [(_without_hydra(cfg), job) for cfg, job in jobs]
@@ -202,7 +211,7 @@ def _with_sweep(jobs: list[tuple[DictConfig, list[str]]], overrides: list[str], 
         with open_dict(cfg):
             cfg.hydra.job.num = number
         folders.append(folder / str(cfg.hydra.sweep.subdir))
-    return Composition(composed, Sweep(name, folder, tuple(folders)))
+    return Composition(composed, Sweep(name, folder, composed, tuple(folders)))
 
 
 def _as_written(cfg: DictConfig) -> list[str]:

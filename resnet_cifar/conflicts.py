@@ -100,8 +100,8 @@ def _learning_rate(cfg: dict[str, Any], overrides: Sequence[str]) -> Iterator[st
 
 
 def _schedule(scheduler: dict[str, Any]) -> Iterator[str]:
-    rise = scheduler.get("pct_start")
-    if scheduler.get("three_phase") and rise > 0.5:  # torch would cut off what follows
+    if scheduler.get("three_phase") and scheduler["pct_start"] > 0.5:  # torch would cut off what follows
+        rise = scheduler["pct_start"]
         yield f"scheduler.pct_start={rise} should be at most 0.5 with scheduler.three_phase=true: the fall is as long as the rise"
 
 

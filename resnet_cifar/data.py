@@ -32,16 +32,21 @@ class Images:
     def __getitem__(self, index: Tensor | slice) -> "Images":
         return replace(self, images=self.images[index], labels=self.labels[index])
 
-    def to(self, device: torch.device) -> "Images":
+    def to(self, device: torch.device | str) -> "Images":
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
 class LabelledImages(Protocol):
     """What a dataset class must have, as torchvision's CIFAR10 has it: `data` (N, H, W, C) uint8, `targets` (N,), `classes`."""
 
-    data: np.ndarray
-    targets: Sequence[int]
-    classes: Sequence[str]
+    @property
+    def data(self) -> np.ndarray: ...
+
+    @property
+    def targets(self) -> Sequence[int]: ...
+
+    @property
+    def classes(self) -> Sequence[str]: ...
 
 
 class Digits:

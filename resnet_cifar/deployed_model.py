@@ -14,9 +14,12 @@ class DeployedModel(nn.Module):
     images scaled to 0-1. The copy is neither compiled nor channels_last: what is exported should run anywhere.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.network = copy.deepcopy(network).to("cpu", torch.float32, memory_format=torch.contiguous_format)
+        self.network = copy.deepcopy(network).to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
         self.register_buffer("mean", torch.tensor(list(mean)))
         self.register_buffer("std", torch.tensor(list(std)))
         self.eval().requires_grad_(False)

@@ -209,7 +209,8 @@ def follow(
 
     Raises SystemExit with the signal's exit code, after a checkpoint, at the end of the first batch after a signal.
     """
-    tables, epochs = TrainingTables(folder), []
+    tables = TrainingTables(folder)
+    epochs: list[EpochRecord] = []  # not tracked yet
     saved, saving = time.monotonic(), 0.0  # when the last checkpoint was written, and the seconds that it took
 
     def write() -> None:

@@ -75,14 +75,14 @@ def grad_cam(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> t
 
     model = getattr(model, "_orig_mod", model)
     check_layer(model, layer)
-    map_sizes = []
+    map_sizes: list[tuple[int, int]] = []
 
     def keep_map(output: Tensor) -> Tensor:
         if output.ndim != 4 or output.shape[-2:] == (1, 1):
             raise ConfigError(
                 f"explain.layers: '{layer}' puts out {tuple(output.shape)}, no map.\nName a layer before it."
             )
-        map_sizes.append(tuple(output.shape[-2:]))
+        map_sizes.append((output.shape[-2], output.shape[-1]))
         return output.clone()  # a ReLU in place behind the layer would overwrite what was kept
 
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(images.device.type, enabled=False):

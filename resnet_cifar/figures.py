@@ -5,6 +5,7 @@ pixels wide. Images are (N, H, W, 3), uint8 or floats in 0..1, and are drawn pix
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -12,12 +13,13 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 INK, MUTED, TRAIN, EVAL, MARK = "#1f2937", "#6b7280", "#94a3b8", "#1d4ed8", "#b91c1c"
 HEAT_MAP_COLOURS = "turbo"
 SELECTED_AT = {"min_loss": "lowest loss", "steepest": "steepest descent", "valley": "valley"}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": MUTED,
     "axes.grid": True,
@@ -97,7 +99,7 @@ def grad_cam(
         first_lines = [_short(name, 24) for name in names]
     else:
         first_lines = [f"true: {_short(classes[label])}" for label in labels]
-    explained = labels if against == "correct" else predictions
+    explained = predictions if labels is None or against == "predicted" else labels
     captions = _captions(first_lines, predictions, confidences, classes, " ({:.1%})")
     for axes, image, heat_map, target, caption in zip(panels, images, heat_maps, explained, captions, strict=True):
         _draw_pair(axes, _unit(image), heat_map, _short(classes[target]))
@@ -138,7 +140,9 @@ def loss_and_accuracy(history: Sequence[Mapping[str, float]], evaluated_on: str)
 
 
 @matplotlib.rc_context(STYLE)
-def lr_finder(lrs: Sequence[float], losses: Sequence[float], chosen_lr: float, select: str) -> Figure:
+def lr_finder(
+    lrs: Sequence[float] | np.ndarray, losses: Sequence[float] | np.ndarray, chosen_lr: float, select: str
+) -> Figure:
     """The range test's loss over its learning rates, with the one that `select` chose; Smith, arXiv:1506.01186."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -208,8 +212,7 @@ def _grid(count: int, columns: int, row_height: float, title: str, footer: float
     columns = min(count, columns)
     rows = -(-count // columns)
     heading = 0.1 + 0.3 * (1 + title.count("\n"))
-    figure = Figure(figsize=(9, rows * row_height + heading + footer), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.06)
+    figure = Figure(figsize=(9, rows * row_height + heading + footer), layout=ConstrainedLayoutEngine(h_pad=0.06))
     figure.suptitle(title, x=0.01, ha="left")
     panels = list(figure.subplots(rows, columns, squeeze=False, subplot_kw={"xticks": (), "yticks": ()}).flat)
     for axes in panels:

@@ -45,7 +45,7 @@ class Muon(Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Move every parameter that has a gradient; a closure is not supported."""
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from resnet_cifar.compose import quoted
 from resnet_cifar.console import nobody_reads
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord
-from resnet_cifar.tracked_run import Run, run_page
+from resnet_cifar.tracked_run import Run, TrackedRun, run_page
 
 STEPS_BEFORE_ESTIMATE = 10
 HOUR = 3600
@@ -130,7 +130,7 @@ class ProgressDisplay:
 def where_to_look(task: str, folder: Path, tracked_run: Run) -> str:
     """The run's folder, figures and page in MLflow, and the command to go on with; paths are relative where they can be."""
     lines = ["", f"folder   {shown(folder)}", f"figures  {shown(folder / 'figures')}"]
-    if tracked_run.url:
+    if isinstance(tracked_run, TrackedRun):
         lines.append(f"MLflow   {shown_uri(tracked_run.url)}")
         if not tracked_run.url.startswith("http"):
             lines.append(f"         {run_page(LOCAL_SERVER, tracked_run.experiment_id, tracked_run.run_id)}")

@@ -15,7 +15,7 @@ def tags(device: torch.device, precision: str) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "torchvision": version("torchvision"),  # importing it costs a second or two, and data=digits does without
-        "cuda": torch.version.cuda if device.type == "cuda" else "none",
+        "cuda": str(torch.version.cuda) if device.type == "cuda" else "none",
         "device": device.type,
         "device_name": device_name(device),
         "threads": str(torch.get_num_threads()),

@@ -76,20 +76,7 @@ def recorded(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, s
     with only_process(folder), exit_on_sigterm():
         if not invocation.resumed:
             (folder / "config.yaml").write_text(OmegaConf.to_yaml(without_environment(cfg)))
-        tracked_run = tracking.start(
-            **{key: cfg.tracking[key] for key in ("uri", "artifacts", "experiment")},
-            run_name=run_name(cfg, invocation),
-            folder=folder,
-            params={} if invocation.recorded else compared_params(cfg, invocation),
-            tags={
-                "task": cfg.task,
-                "overrides": " ".join(invocation.overrides) or "none",
-                **invocation.tags,
-                # A later commit or another machine trained its later part only.
-                **{f"resumed.{name}" if invocation.recorded else name: value for name, value in provenance.items()},
-            },
-            run_id=invocation.run_id,
-        )
+        tracked_run = _start(cfg, invocation, provenance)
         (folder / STATUS).unlink(missing_ok=True)
         log.info("%s%s", f"\n{invocation.place}\n" if invocation.place else "Run folder: ", shown(folder))
         try:
@@ -119,6 +106,27 @@ def check_unused(folder: Path) -> None:
             f"{folder} holds a run already: give another folder, or none, as hydra.run.dir,\n"
             f"or go on with the run: python run.py {setting('resume', folder)}"
         )
+
+
+def _start(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, str]) -> Run:
+    params = {} if invocation.recorded else compared_params(cfg, invocation)
+    tags = {
+        "task": cfg.task,
+        "overrides": " ".join(invocation.overrides) or "none",
+        **invocation.tags,
+        # A later commit or another machine trained its later part only.
+        **{f"resumed.{name}" if invocation.recorded else name: value for name, value in provenance.items()},
+    }
+    if cfg.tracking.uri is None:
+        return Run(invocation.folder, params, tags)
+    return tracking.start(
+        **{key: cfg.tracking[key] for key in ("uri", "artifacts", "experiment")},
+        run_name=run_name(cfg, invocation),
+        folder=invocation.folder,
+        params=params,
+        tags=tags,
+        run_id=invocation.run_id,
+    )
 
 
 @contextmanager
@@ -189,7 +197,7 @@ def log_range_test(folder: Path, tracked_run: Run) -> None:
     if (folder / "lr_finder.csv").exists():
         rows = read_csv(folder / "lr_finder.csv")
         tracked_run.log_series(
-            (f"lr_finder/{key}", row[key], row["iteration"]) for row in rows for key in ("loss", "lr")
+            (f"lr_finder/{key}", row[key], int(row["iteration"])) for row in rows for key in ("loss", "lr")
         )
 
 
@@ -201,9 +209,9 @@ def compared_params(cfg: DictConfig, invocation: Invocation) -> dict[str, Any]:
     """
     values = dict(schema.leaves(without_environment(cfg)))
     given = [override.partition("=")[0].lstrip("+") for override in invocation.overrides]
-    groups, keys = COMPARED_GROUPS, [*ALWAYS_COMPARED, *given, *COMPARED]
+    groups, keys = list(COMPARED_GROUPS), [*ALWAYS_COMPARED, *given, *COMPARED]
     if cfg.checkpoint is not None:
-        groups = tuple(group for group in groups if group in given)
+        groups = [group for group in groups if group in given]
         keys = [key for key in keys if key in given or key.startswith(FROM_CHECKPOINT)]
     params: dict[str, Any] = {group: invocation.choices.get(group) for group in groups}
     for key in keys:

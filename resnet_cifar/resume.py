@@ -87,6 +87,7 @@ def restore(training: Training, network: torch.nn.Module, progress: Progress, st
     if training.averaged is not None:
         training.averaged.load_state_dict(state["averaged"])
     training.optimizer.load_state_dict(state["optimizer"])
+    assert training.scheduler is not None  # a configuration always has one
     training.scheduler.load_state_dict(state["scheduler"])
     device = next(network.parameters()).device
     for kind in state["rng"].keys() & {"cpu", device.type}:

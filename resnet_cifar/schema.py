@@ -277,7 +277,7 @@ def _as_yaml(value: Any) -> str:
 
 def _type_errors(container: dict[str, Any]) -> Iterator[tuple[tuple, str, str]]:
     """Where in the configuration, what kind of error and its message, as pydantic has them."""
-    schemas = [((), container, Config)]
+    schemas: list[tuple[tuple, dict, type]] = [((), container, Config)]
     schemas += [(path, node, ARGUMENTS[node["_target_"]]) for path, node in _known_targets(container)]
     for path, value, schema in schemas:
         try:

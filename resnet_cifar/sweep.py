@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from resnet_cifar.compose import HYDRA_FILE, Composition, quoted
+from resnet_cifar.compose import HYDRA_FILE, Sweep, quoted
 from resnet_cifar.environment import without_environment
 from resnet_cifar.errors import ConfigError, StorageError, UserError
 from resnet_cifar.fingerprint import config_hash, source_hash
@@ -75,23 +75,23 @@ def is_of_this_source(folder: Path) -> bool:
         return False
 
 
-def prepare(argv: Sequence[str], composition: Composition) -> list[str]:
+def prepare(argv: Sequence[str], sweep: Sweep) -> list[str]:
     """Plan the sweep, make room for the jobs that run anew, and return the command line with the sweep's folder in it.
 
     Exits with 0 after saying what would run, where that is all that was asked for (`sweep.dry_run=true`).
     """
     from resnet_cifar import parts, sweep_store  # late: torch takes seconds, and MLflow is asked
 
-    sweep, settings = composition.sweep, composition.jobs[0][0]
-    for cfg, _ in composition.jobs if sweep.job_folders else ():  # what made-up jobs have in common is no job
+    settings = sweep.settings.sweep
+    for cfg, _ in sweep.jobs if sweep.job_folders else ():  # what made-up jobs have in common is no job
         if cfg.task in ("train", "find_lr"):
             parts.check_targets(cfg)
-    if settings.sweep.dry_run and not sweep.job_folders:
+    if settings.dry_run and not sweep.job_folders:
         raise ConfigError("sweep.dry_run=true: this hydra/sweeper makes its jobs up while it runs; leave dry_run out")
-    finished = {} if settings.sweep.rerun == "all" else sweep_store.finished_runs(settings, composition)
-    plan = _plan(argv, composition, finished)
-    estimated = sweep_store.estimate(settings, composition, [job.action for job in plan.jobs]) if plan.jobs else ""
-    if settings.sweep.dry_run:
+    finished = {} if settings.rerun == "all" else sweep_store.finished_runs(sweep)
+    plan = _plan(argv, sweep, finished)
+    estimated = sweep_store.estimate(sweep, [job.action for job in plan.jobs]) if plan.jobs else ""
+    if settings.dry_run:
         print(dry_run(plan, estimated))
         sys.exit(0)
     sweep.folder.mkdir(parents=True, exist_ok=True)
@@ -115,19 +115,19 @@ def prepare(argv: Sequence[str], composition: Composition) -> list[str]:
     return [*argv[:place], f"hydra.sweep.dir={quoted(sweep.folder)}", *argv[place:]]
 
 
-def _plan(argv: Sequence[str], composition: Composition, finished: dict[str, Path]) -> Plan:
-    jobs, same_source = [], is_of_this_source(composition.sweep.folder)
-    for number, values in enumerate(varied([overrides for _, overrides in composition.jobs])):
-        if number == len(composition.sweep.job_folders):
+def _plan(argv: Sequence[str], sweep: Sweep, finished: dict[str, Path]) -> Plan:
+    jobs, same_source = [], is_of_this_source(sweep.folder)
+    for number, values in enumerate(varied([overrides for _, overrides in sweep.jobs])):
+        if number == len(sweep.job_folders):
             break
-        cfg, folder = composition.jobs[number][0], composition.sweep.job_folders[number]
+        cfg, folder = sweep.jobs[number][0], sweep.job_folders[number]
         key = config_hash(cfg)
         goes_on = cfg.sweep.rerun != "all" and same_source and is_stopped(folder, cfg)
         action = SKIP if key in finished else RESUME if goes_on else RUN
         result = str(finished.get(key, folder))
         run_name = without_environment(cfg)["tracking"]["run_name"]
         jobs.append(Job(number, job_name(values, run_name), values, key, action, str(folder), result))
-    return Plan(composition.sweep.id, str(composition.sweep.folder), list(argv), source_hash(), jobs)
+    return Plan(sweep.id, str(sweep.folder), list(argv), source_hash(), jobs)
 
 
 def varied(jobs: Sequence[Sequence[str]]) -> list[dict[str, str]]:

@@ -3,10 +3,12 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from statistics import mean
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from resnet_cifar.figures import EVAL, INK, MARK, MUTED, STYLE, overlay
@@ -105,9 +107,7 @@ def final_accuracies(runs: Sequence[tuple[str, float]], compared_with: str, metr
 
 
 @matplotlib.rc_context(STYLE | {"axes.grid": False})
-def grad_cam_grid(
-    images: np.ndarray, labels: Sequence[str], runs: Sequence[Mapping[str, object]], layer: str
-) -> Figure:
+def grad_cam_grid(images: np.ndarray, labels: Sequence[str], runs: Sequence[Mapping[str, Any]], layer: str) -> Figure:
     """The same images in every run: a row per image, (N, H, W, 3) uint8, a column per run.
 
     A run has its `name`, `heat_maps` (N, H, W) in 0..1 against the true class, and its `predictions`, class names.
@@ -116,8 +116,7 @@ def grad_cam_grid(
     names = [_in_column(str(run["name"]), 100 // columns) for run in ({"name": "image"}, *runs)]
     heading = 0.5 + 0.15 * max(1 + name.count("\n") for name in names)
     height = heading + rows * (9 / max(columns, 6) + 0.22)
-    figure = Figure(figsize=(9, height), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - heading / height))
+    figure = Figure(figsize=(9, height), layout=ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - heading / height)))
     title = f"Grad-CAM against the true class, {layer}: the same images in every run"
     figure.suptitle(title, x=0.01, y=1 - 0.08 / height, ha="left", va="top")
     panels = figure.subplots(rows, columns, squeeze=False)

@@ -1,5 +1,6 @@
 """What a sweep asks the tracking store, and what it leaves there: finished runs, their durations, the summary run."""
 
+import contextlib
 import json
 import logging
 import shlex
@@ -14,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from resnet_cifar import recording, tracking
 from resnet_cifar.artifact_files import local_folder
-from resnet_cifar.compose import Composition
+from resnet_cifar.compose import Sweep
 from resnet_cifar.delivery import reason
 from resnet_cifar.errors import StorageError
 from resnet_cifar.fingerprint import config_hash, source_hash
@@ -22,7 +23,7 @@ from resnet_cifar.progress import LOCAL_SERVER, shown_uri
 from resnet_cifar.store_errors import user_errors
 from resnet_cifar.sweep import SKIP, configuration, is_of_this_source, status
 from resnet_cifar.sync import sync_all
-from resnet_cifar.tracked_run import Run, run_page
+from resnet_cifar.tracked_run import TrackedRun, run_page
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
@@ -37,28 +38,28 @@ COPIES = "elsewhere"  # in a sweep's folder: files of runs that another machine 
 log = logging.getLogger(__name__)
 
 
-def finished_runs(settings: DictConfig, composition: Composition) -> dict[str, Path]:
+def finished_runs(sweep: Sweep) -> dict[str, Path]:
     """The jobs' configuration hashes that a FINISHED run of the same source has, each with the folder of its files.
 
     The tracking store knows, which is created here if need be, once, before jobs run in parallel; without tracking
     the sweep's own folder does. Raises StorageError when the store cannot be used.
     """
-    hashes = [config_hash(cfg) for cfg, _ in composition.jobs]
+    settings, hashes = sweep.settings, [config_hash(cfg) for cfg, _ in sweep.jobs]
     if settings.tracking.uri is None:
-        if not is_of_this_source(composition.sweep.folder):
+        if not is_of_this_source(sweep.folder):
             return {}
-        there = zip(hashes, composition.sweep.job_folders, strict=False)
+        there = zip(hashes, sweep.job_folders, strict=False)
         return {key: folder for key, folder in there if status(folder)[0] == "FINISHED" and _holds(folder, key)}
-    if composition.sweep.folder.exists() and not settings.sweep.dry_run:
+    if sweep.folder.exists() and not settings.sweep.dry_run:
         try:
-            sync_all(composition.sweep.folder)
+            sync_all(sweep.folder)
         except StorageError as error:
             log.warning("%s", error)
     found = {}
     for run in _runs(settings, f"attributes.status = 'FINISHED' AND tags.source_hash = '{source_hash()}'"):
         key = run.data.tags.get("config_hash")
         if key in hashes and key not in found:
-            found[key] = _files(run, settings, composition.sweep.folder)
+            found[key] = _files(run, settings, sweep.folder)
     return found
 
 
@@ -78,11 +79,13 @@ def _runs(settings: DictConfig, matching: str) -> Iterator["MlflowRun"]:
         with store.creation_lock():
             if settings.sweep.dry_run:
                 known = store.client.get_experiment_by_name(name)
-                experiment_id = known and known.experiment_id
+                if known is None:
+                    return
+                experiment_id = known.experiment_id
             else:
                 experiment_id = store.experiment_id(name, artifacts)
                 store.mark_dead_runs(experiment_id)
-        token = "" if experiment_id else None
+        token: str | None = ""
         while token is not None:
             page = store.client.search_runs([experiment_id], matching, page_token=token or None)
             yield from page
@@ -91,13 +94,11 @@ def _runs(settings: DictConfig, matching: str) -> Iterator["MlflowRun"]:
 
 def _files(run: "MlflowRun", settings: DictConfig, sweep_folder: Path) -> Path:
     """The folder with a run's files: its own, the store's, or for a run of another machine a copy from the store."""
-    own: Path | None = Path(run.data.tags.get("process.folder", "/nowhere"))
-    try:
-        if recording.run_id(own) != run.info.run_id:  # set aside since, for a run that is in its place
-            own = None
-    except OSError:  # another user's
-        own = None
-    for folder in (own, local_folder(run.info.artifact_uri)):
+    own, folders = Path(run.data.tags.get("process.folder", "/nowhere")), [local_folder(run.info.artifact_uri)]
+    with contextlib.suppress(OSError):  # another user's
+        if recording.run_id(own) == run.info.run_id:  # else set aside since, for a run that is in its place
+            folders.insert(0, own)
+    for folder in folders:
         if folder is not None and (folder / "config.yaml").exists():  # only a training has a history
             return folder
     copy = sweep_folder / COPIES / run.info.run_id
@@ -121,18 +122,18 @@ def _download(run: str, uri: str, copy: Path) -> None:
         partial.rename(copy)
 
 
-def estimate(settings: DictConfig, composition: Composition, actions: Sequence[str]) -> str:
+def estimate(sweep: Sweep, actions: Sequence[str]) -> str:
     """How long the jobs that are to run will take, from runs of the same size that FINISHED without a stop."""
-    if settings.tracking.uri is None:
+    if sweep.settings.tracking.uri is None:
         return "tracking=none: no earlier runs to estimate the time from"
-    if any(cfg.task != "train" for cfg, _ in composition.jobs):
+    if any(cfg.task != "train" for cfg, _ in sweep.jobs):
         return "no estimate: earlier runs tell how long trainings take"
-    trained = _runs(settings, "attributes.status = 'FINISHED' AND tags.task = 'train'")
+    trained = _runs(sweep.settings, "attributes.status = 'FINISHED' AND tags.task = 'train'")
     # The time of a resumed run counts what it lay stopped. Its epochs' seconds do not, but they also leave out the LR
     # finder, the figures and the exported model, which are much of a short run.
     earlier = [run for run in trained if not _was_resumed(run)]
     seconds, guessed = 0.0, 0
-    for (cfg, _), action in zip(composition.jobs, actions, strict=True):
+    for (cfg, _), action in zip(sweep.jobs, actions, strict=True):
         if action == SKIP:
             continue
         alike = [run for run in earlier if _size(run) == _planned_size(cfg)][:RUNS_FOR_ESTIMATE]
@@ -178,7 +179,7 @@ def run_id(folder: Path) -> str | None:
     return folder.name if folder.parent.name == COPIES else recording.run_id(folder)
 
 
-def log_summary(cfg: DictConfig, sweep_id: str, name: str, note: str, folder: Path) -> Run:
+def log_summary(cfg: DictConfig, sweep_id: str, name: str, note: str, folder: Path) -> TrackedRun:
     """The sweep's summary as one run, the same one again when the sweep goes on; returns it."""
     known = _known_summary(cfg, sweep_id)
     summary = tracking.start(
@@ -206,7 +207,7 @@ def _known_summary(cfg: DictConfig, sweep_id: str) -> "MlflowRun | None":
     return None
 
 
-def where_to_look(uri: str, summary: Run, run_ids: Sequence[str]) -> list[str]:
+def where_to_look(uri: str, summary: TrackedRun, run_ids: Sequence[str]) -> list[str]:
     """Lines that lead to MLflow's compare page on exactly these runs and to the summary's page, for a database after
     the command that serves it."""
     runs, experiments = (

@@ -3,6 +3,7 @@
 import csv
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -73,7 +74,7 @@ def draw(folder: Path, found: Sequence[Result], metric: str) -> None:
         return
     for key, name in short_names(list(finished[0].values)).items():
         if key != SEED:
-            save_figure(folder, f"accuracy_against_{name}", lambda key=key: _against(key, finished, metric))
+            save_figure(folder, f"accuracy_against_{name}", partial(_against, key, finished, metric))
     points = ranked_points([result for result in finished if result.history], metric)
     if not points:  # a sweep of evaluations: no training, no curves, and the pictures are in the runs' own figures
         return
@@ -83,8 +84,14 @@ def draw(folder: Path, found: Sequence[Result], metric: str) -> None:
 
 def ranked_points(finished: Sequence[Result], metric: str) -> list[list[Result]]:
     """The points, the highest mean first as in the leaderboard; of each its runs, the best first."""
-    points = leaderboard.points(sorted(finished, key=lambda result: score(result, metric), reverse=True))
-    return sorted(points, key=lambda point: mean(score(result, metric) for result in point), reverse=True)
+    points = leaderboard.points(sorted(finished, key=lambda result: _known_score(result, metric), reverse=True))
+    return sorted(points, key=lambda point: mean(_known_score(result, metric) for result in point), reverse=True)
+
+
+def _known_score(result: Result, metric: str) -> float:
+    accuracy = score(result, metric)
+    assert accuracy is not None  # only of what is finished
+    return accuracy
 
 
 def _point(result: Result, without: str = "") -> str:
@@ -93,7 +100,7 @@ def _point(result: Result, without: str = "") -> str:
 
 
 def _against(key: str, finished: Sequence[Result], metric: str) -> Figure:
-    scores = [score(result, metric) for result in finished]
+    scores = [_known_score(result, metric) for result in finished]
     others = [_point(result, without=key) for result in finished]
     return sweep_figures.accuracy_against(key, [result.values[key] for result in finished], scores, others, metric)
 

@@ -28,7 +28,10 @@ class TrainingTables:
 
     def add(self, record: StepRecord | EpochRecord) -> None:
         """Keep a record; the loss of a step stays on its device, since reading it would make a GPU wait."""
-        (self.steps if isinstance(record, StepRecord) else self.epochs).append(record)
+        if isinstance(record, StepRecord):
+            self.steps.append(record)
+        else:
+            self.epochs.append(record)
 
     def write(self) -> None:
         """Add what waits to the files; rows that find the disk full are tried again with those that follow."""

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -30,7 +30,7 @@ def is_allowed(path: str) -> bool:
     return all(part.isidentifier() for part in path.split(".")) and _inside(path.rpartition(".")[0], CLASSES)
 
 
-def resolve(path: str) -> Callable:
+def resolve(path: str) -> Any:
     """The class or function a `_target_` names; its own module, not only the path to it, must be an allowed one.
 
     The path is a module and a name in it, so no attribute of a module is walked through (`torch.optim.optimizer.torch.load`).

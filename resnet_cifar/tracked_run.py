@@ -41,8 +41,6 @@ class Run:
     lies already, the run goes on.
     """
 
-    run_id = url = experiment_id = None
-
     def __init__(self, folder: Path, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
         self._path = folder / SUMMARY
         self._said: dict[str, Any] = {"params": {}, "tags": {}, "metrics": {}}

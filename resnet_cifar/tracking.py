@@ -27,7 +27,7 @@ from resnet_cifar.errors import CheckpointError, ConfigError, StorageError
 from resnet_cifar.passwords import has_password
 from resnet_cifar.process_identity import identity, is_alive, is_gone, origin
 from resnet_cifar.store_errors import user_errors, within
-from resnet_cifar.tracked_run import NOTE, Run, TrackedRun, as_texts, run_page
+from resnet_cifar.tracked_run import NOTE, TrackedRun, as_texts, run_page
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,22 +53,20 @@ DATABASE_SECONDS = 60.0
 
 def start(
     *,
-    uri: str | None,
+    uri: str,
     artifacts: str | Path | None,
-    experiment: str | None,
+    experiment: str,
     run_name: str | None,
     folder: Path,
     params: Mapping[str, Any],
     tags: Mapping[str, Any],
     run_id: str | None = None,
-) -> Run:
-    """Starts a run whose journal is in `folder`, or continues `run_id`; `uri=None` gives one in its folder alone.
+) -> TrackedRun:
+    """Starts a run whose journal is in `folder`, or continues `run_id`.
 
     `artifacts` is where a database keeps the files of a new experiment. Runs of this host whose process is gone become
     KILLED first. Raises StorageError when the store cannot be used, CheckpointError when `run_id` is not in it.
     """
-    if uri is None:
-        return Run(folder, params, tags)
     store = Store(uri)
     journal = Journal(folder)
     values = as_texts({**origin(), **tags, **identity(folder)})
@@ -151,6 +149,7 @@ class Store:
                 if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
                     raise
             found = self.client.get_experiment_by_name(name)
+            assert found is not None  # another process has just made it
         if found.lifecycle_stage != "active":
             raise StorageError(
                 f"The experiment {name} was deleted. Choose another tracking.experiment, or restore it:\n"
@@ -256,7 +255,8 @@ class Store:
                 link_or_copy(file, store / file.relative_to(path))
         else:
             self.client.log_model_artifacts(logged.model_id, str(path))
-        if logged.model_id not in {output.model_id for output in run.outputs.model_outputs}:
+        known_outputs = run.outputs.model_outputs if run.outputs else ()
+        if logged.model_id not in {output.model_id for output in known_outputs}:
             self.client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
         self.client.finalize_logged_model(logged.model_id, "READY")
 
@@ -275,7 +275,9 @@ class Store:
 
         with torch.no_grad():
             output = model(torch.from_numpy(example)).numpy()
-        schemas = [Schema([TensorSpec(np.dtype(array.dtype), (-1, *array.shape[1:]))]) for array in (example, output)]
+        inputs, outputs = (
+            Schema([TensorSpec(np.dtype(array.dtype), (-1, *array.shape[1:]))]) for array in (example, output)
+        )
         description = Model(run_id=run_id, metadata=metadata)
         shutil.rmtree(path, ignore_errors=True)
         with warnings.catch_warnings(action="ignore"):
@@ -284,7 +286,7 @@ class Store:
                 str(path),
                 mlflow_model=description,
                 input_example=example,
-                signature=ModelSignature(*schemas),
+                signature=ModelSignature(inputs, outputs),
                 serialization_format="pt2",
                 pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in ("mlflow", "numpy", "torch")],
             )

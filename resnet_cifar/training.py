@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -72,8 +72,10 @@ def build_training(
     # Without a decay the average would be the weights themselves.
     averaged = MovingAverage(built.network, cfg.trainer.ema_decay) if cfg.trainer.ema_decay else None
     model = world.replicate(built.network)
+    if cfg.trainer.compile:
+        model = cast(nn.Module, torch.compile(model))
     return Training(
-        model=torch.compile(model) if cfg.trainer.compile else model,
+        model=model,
         optimizer=optimizer,
         scheduler=parts.build_scheduler(scheduler, optimizer, total_steps),
         augment=built.augment,
@@ -95,6 +97,7 @@ class MovingAverage(AveragedModel):
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         super().__init__(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        self._average = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
@@ -108,7 +111,7 @@ class MovingAverage(AveragedModel):
             if self.n_averaged == 0:
                 torch._foreach_copy_(*pair)
             else:
-                self.multi_avg_fn(*pair, self.n_averaged)
+                self._average(*pair, self.n_averaged)
         self.n_averaged += 1
 
 
@@ -116,6 +119,7 @@ def training_state(
     cfg: DictConfig, built: parts.Parts, training: Training, progress: Progress, max_lr: float | None
 ) -> dict[str, Any]:
     """All that going on needs, as plain types and tensors."""
+    assert training.scheduler is not None  # a configuration always has one
     return {
         "config": without_environment(cfg),
         "classes": list(built.classes),

@@ -91,7 +91,7 @@ def _stop_children(number: int) -> None:
     """Ask the processes to stop, of which the first one listens; before there are any, stop here."""
     children = multiprocessing.active_children()
     for child in children:
-        os.kill(child.pid, signal.SIGTERM)
+        child.terminate()
     if not children:
         raise SystemExit(128 + number)
 
@@ -100,7 +100,7 @@ def _work(
     failures: SimpleQueue, device: str, threads: int, logs: dict[str, Any], work: Callable[..., None], arguments: tuple
 ) -> None:
     """What each new process does."""
-    from torch.multiprocessing import _prctl_pr_set_pdeathsig
+    from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
     _prctl_pr_set_pdeathsig(signal.SIGKILL)  # when the launching process is killed, so is this one, as if they were one
     world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))

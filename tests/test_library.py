@@ -1,5 +1,6 @@
 """The package as a library: lazy, free of the command line's dependencies, and the README's lines do what they say."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,13 +28,26 @@ def test_every_exported_name_is_there(name):
 
 
 def test_a_name_that_is_not_there_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'CustomResnet'"):
+    with pytest.raises(AttributeError, match="attribute CustomResnet"):
         resnet_cifar.CustomResnet  # noqa: B018
 
 
 def test_importing_the_package_imports_nothing_else(tmp_path):
     imported = python("import sys, resnet_cifar; print({'torch', 'numpy', 'hydra'} & set(sys.modules))", tmp_path)
     assert (imported.stdout, imported.stderr) == ("set()\n", "")
+
+
+def test_type_checkers_find_no_fault_with_the_package_and_the_readmes_lines(tmp_path):
+    (tmp_path / "readers.py").write_text(
+        f"{code_block('As a library')}\nfrom torchvision.datasets import CIFAR10\n"
+        "reveal_type(as_images(CIFAR10('data')).to('cuda'))\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--config-file", "setup.cfg", "resnet_cifar", tmp_path / "readers.py"]
+    checked = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "MYPYPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert 'Revealed type is "resnet_cifar.data.Images"' in checked.stdout
+    assert checked.returncode == 0, checked.stdout
 
 
 def test_the_readmes_lines_train_evaluate_and_explain_a_model(tmp_path):

@@ -7,14 +7,15 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from resnet_cifar.delivery import Journal
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord
 from resnet_cifar.progress import ProgressDisplay, setting, shown, where_to_look
-from resnet_cifar.tracked_run import Run
+from resnet_cifar.tracked_run import Run, TrackedRun
+from resnet_cifar.tracking import Store
 
 
 class Terminal(io.StringIO):
@@ -139,13 +140,13 @@ def test_the_estimate_of_a_resumed_training_is_not_of_the_rest_of_an_epoch_and_i
 
 
 def run_in(database):
-    url = f"mlflow ui --backend-store-uri sqlite:///{database}"
-    return SimpleNamespace(run_id=32 * "a", experiment_id="1", url=url)
+    return TrackedRun(Store(f"sqlite:///{database}"), Journal(database.parent), 32 * "a", "1", {}, {})
 
 
 def test_the_end_says_where_to_look_relative_to_the_working_directory(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "outputs" / "runs" / "2026-11-22_19-59-02_932890"
+    folder.mkdir(parents=True)
     lines = where_to_look("train", folder, run_in(tmp_path / "outputs" / "mlflow.db")).splitlines()
     assert "folder   outputs/runs/2026-11-22_19-59-02_932890" in lines
     assert "MLflow   mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db" in lines

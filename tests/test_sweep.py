@@ -138,7 +138,7 @@ def test_what_another_source_finished_is_not_finished(outputs, tmp_path):
         run_id = store.client.create_run(experiment, tags=tags).info.run_id
         (tmp_path / "run" / "tracking.jsonl").write_text(json.dumps({"n": 1, "run": run_id, "kind": "start"}) + "\n")
         store.client.set_terminated(run_id, "FINISHED")
-        assert sweep_store.finished_runs(settings, composition) == found
+        assert sweep_store.finished_runs(composition.sweep) == found
 
 
 def test_a_single_run_and_the_same_job_of_a_sweep_have_one_hash():
@@ -172,7 +172,7 @@ def test_a_folder_given_by_hand_with_another_sweeps_runs_is_not_taken_for_this_o
     folder, of_0, of_1 = finished
     for seeds, found in {"0,1": {config_hash(of_0): folder}, "1,2": {}}.items():
         composition = composed(f"seed={seeds}", "tracking=none", f"hydra.sweep.dir={folder.parent}")
-        assert sweep_store.finished_runs(of_0, composition) == found
+        assert sweep_store.finished_runs(composition.sweep) == found
     (folder / "status.txt").write_text("KILLED\n")
     (folder / ".hydra").mkdir()
     (folder / ".hydra" / "hydra.yaml").touch()
@@ -180,11 +180,11 @@ def test_a_folder_given_by_hand_with_another_sweeps_runs_is_not_taken_for_this_o
 
 
 def test_after_a_change_of_the_source_nothing_in_a_folder_given_by_hand_is_finished_or_goes_on(finished):
-    folder, of_0, _ = finished
-    composition = composed("seed=0,1", "tracking=none", f"hydra.sweep.dir={folder.parent}")
+    folder, *_ = finished
+    planned_sweep = composed("seed=0,1", "tracking=none", f"hydra.sweep.dir={folder.parent}").sweep
 
     def planned():
-        return sweep._plan([], composition, sweep_store.finished_runs(of_0, composition)).jobs[0].action
+        return sweep._plan([], planned_sweep, sweep_store.finished_runs(planned_sweep)).jobs[0].action
 
     assert planned() == sweep.SKIP
     (folder / "status.txt").unlink()
@@ -192,7 +192,7 @@ def test_after_a_change_of_the_source_nothing_in_a_folder_given_by_hand_is_finis
     (folder / ".hydra" / "hydra.yaml").touch()
     assert planned() == sweep.RESUME
     anew = composed("seed=0,1", "tracking=none", f"hydra.sweep.dir={folder.parent}", "sweep.rerun=all")
-    assert sweep._plan([], anew, {}).jobs[0].action == sweep.RUN
+    assert sweep._plan([], anew.sweep, {}).jobs[0].action == sweep.RUN
     assert not sweep.is_stopped(folder, composed("seed=0,1").jobs[0][0])  # which is tracked elsewhere
     sweep.Plan("id", str(folder.parent), [], "another source", []).save()
     assert planned() == sweep.RUN
@@ -205,7 +205,7 @@ def test_after_a_change_of_the_source_nothing_in_a_folder_given_by_hand_is_finis
 def test_a_secret_in_a_sweeps_name_is_not_written_down(monkeypatch):
     monkeypatch.setenv("CANARY", "s3cr3t")
     composition = composed("seed=0,1", "tracking.run_name='night ${oc.env:CANARY}'")
-    assert [job.name for job in sweep._plan([], composition, {}).jobs] == [
+    assert [job.name for job in sweep._plan([], composition.sweep, {}).jobs] == [
         f"night ${{oc.env:CANARY}} seed={seed}" for seed in (0, 1)
     ]
 
@@ -379,7 +379,7 @@ def test_the_time_a_resumed_run_lay_stopped_is_not_in_the_estimate(outputs, tmp_
         client.log_param(run.info.run_id, "trainer.epochs", 2)
         client.set_terminated(run.info.run_id, "FINISHED", end_time=1000 * (1 + seconds))
 
-    estimate = [settings, composition, [sweep.RUN, sweep.SKIP]]
+    estimate = [composition.sweep, [sweep.RUN, sweep.SKIP]]
     earlier(360_000, **{"resumed.git_commit": "abc"})
     assert sweep_store.estimate(*estimate).startswith("no earlier runs")
     earlier(60)
