@@ -1,4 +1,4 @@
-"""Where the files of runs are, and putting them there without a second copy on the disk."""
+"""The files of runs: where they are, and putting them there whole or not at all, without a second copy on the disk."""
 
 import os
 import shutil
@@ -27,6 +27,14 @@ def artifact_location(artifacts: str | Path | None) -> str | None:
 def local_folder(uri: str) -> Path | None:
     """The folder behind a run's artifact address; None where a server keeps it."""
     return Path(url2pathname(urlsplit(uri).path)) if urlsplit(uri).scheme in ("", "file") else None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Put the text there as UTF-8, its line ends as they are, whole or not at all: under another name first."""
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)  # a link left under that name would be written through
+    part.write_text(text, encoding="utf-8", newline="")
+    os.replace(part, path)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

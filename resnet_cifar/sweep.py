@@ -16,6 +16,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from resnet_cifar.artifact_files import write_whole
 from resnet_cifar.compose import HYDRA_FILE, Sweep, quoted
 from resnet_cifar.environment import without_environment
 from resnet_cifar.errors import ConfigError, StorageError, UserError
@@ -56,9 +57,7 @@ class Plan:
         """Write it into the sweep's folder, whole or not at all."""
         path = Path(self.folder) / PLAN
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, json.dumps(dataclasses.asdict(self), indent=1))
 
 
 def load_plan(folder: Path) -> Plan:

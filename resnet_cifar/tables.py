@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import io
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from resnet_cifar.artifact_files import write_whole
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord
 
 STEPS, EPOCHS = "lr_history.csv", "history.csv"
@@ -86,9 +88,8 @@ def _cut(path: Path, key: str, last: int) -> None:
         names, rows = reader.fieldnames, [row for row in reader if int(row[key]) <= last]
     if names is None:
         return path.unlink()
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=names)
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=names)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from resnet_cifar.artifact_files import write_whole
 from resnet_cifar.delivery import Journal, Lane, Record, reason
 from resnet_cifar.passwords import without_passwords
 
@@ -82,11 +83,8 @@ class Run:
         self._write()
 
     def _write(self) -> None:
-        temporary = self._path.with_suffix(".tmp")
         try:
-            temporary.unlink(missing_ok=True)  # a link left under that name would be written through
-            temporary.write_text(json.dumps(self._said, indent=1), encoding="utf-8")
-            temporary.replace(self._path)
+            write_whole(self._path, json.dumps(self._said, indent=1))
         except OSError as error:
             log.warning("%s was not written (%s); the run goes on.", self._path.name, error.strerror)
 
