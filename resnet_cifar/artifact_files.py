@@ -4,7 +4,6 @@ import os
 import shutil
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 
 def artifact_location(artifacts: str | Path | None) -> str | None:
@@ -26,6 +25,8 @@ def artifact_location(artifacts: str | Path | None) -> str | None:
 
 def local_folder(uri: str) -> Path | None:
     """The folder behind a run's artifact address; None where a server keeps it."""
+    from urllib.request import url2pathname  # late: it imports http.client and ssl, and --help comes through here
+
     return Path(url2pathname(urlsplit(uri).path)) if urlsplit(uri).scheme in ("", "file") else None
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from resnet_cifar.artifact_files import link_or_copy
 from resnet_cifar.errors import CheckpointError, StorageError
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
@@ -45,7 +46,7 @@ def save(state: dict[str, Any], folder: Path) -> Path:
             file.flush()
             os.fsync(file.fileno())
         if _is_intact(last):
-            _keep_as(last, folder / PREVIOUS)
+            link_or_copy(last, folder / PREVIOUS)  # as well: at no moment there is neither
         os.replace(temporary, last)
         _sync_folder(folder)
     except OSError as error:
@@ -57,7 +58,7 @@ def save(state: dict[str, Any], folder: Path) -> Path:
 
 def keep_only_last(folder: Path) -> None:
     """Remove the older checkpoint and leftovers of interrupted writes, once a run is finished."""
-    for leftover in (folder / PREVIOUS, *folder.glob(".*.tmp")):
+    for leftover in (folder / PREVIOUS, *folder.glob(".*.tmp"), *folder.glob(".*.part")):
         leftover.unlink(missing_ok=True)
 
 
@@ -129,17 +130,6 @@ def _is_intact(path: Path) -> bool:
         return False
     content = memoryview(path.read_bytes())
     return content[-_TRAILER:] == _MARK + hashlib.sha256(content[:-_TRAILER]).hexdigest().encode()
-
-
-def _keep_as(path: Path, older: Path) -> None:
-    """`path` under the name `older` as well, so that at no moment there is neither."""
-    temporary = older.with_name(f".{older.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, older)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -97,7 +97,6 @@ class MovingAverage(AveragedModel):
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         super().__init__(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-        self._average = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
@@ -111,7 +110,8 @@ class MovingAverage(AveragedModel):
             if self.n_averaged == 0:
                 torch._foreach_copy_(*pair)
             else:
-                self._average(*pair, self.n_averaged)
+                assert self.multi_avg_fn is not None  # given to __init__
+                self.multi_avg_fn(*pair, self.n_averaged)
         self.n_averaged += 1
 
 

@@ -28,7 +28,7 @@ def test_every_exported_name_is_there(name):
 
 
 def test_a_name_that_is_not_there_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="attribute CustomResnet"):
+    with pytest.raises(AttributeError, match="No resnet_cifar attribute CustomResnet"):
         resnet_cifar.CustomResnet  # noqa: B018
 
 
