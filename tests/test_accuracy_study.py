@@ -49,8 +49,10 @@ def test_what_is_missing_is_measured_and_what_is_there_is_not(measure, cifar10):
     assert 0 <= float(rows[0]["accuracy"]) <= 100 and 0 <= float(rows[0]["accuracy_flip_tta"]) <= 100
     history = list(csv.DictReader((measure.folder / "histories" / "tiny" / "first_seed_0.csv").open()))
     assert [row["eval_accuracy"] for row in history] == [rows[0]["accuracy"]]
-    missing, rows = measure("--list")
-    assert "other, seed 0" in missing and "first" not in missing and len(rows) == 1
+    said, rows = measure("--list")
+    there, missing = said.splitlines()
+    assert there == f"tiny: first, seed 0: {rows[0]['accuracy']}% in results.csv, not run again"
+    assert missing.startswith("tiny: other, seed 0: python run.py ") and len(rows) == 1
 
 
 def test_a_folder_of_other_values_is_not_taken_for_the_row(measure, outputs, tmp_path):

@@ -4,8 +4,8 @@
     python experiments/accuracy/measure.py ablation --data-root ../shared/data --seeds 0 1 2
 
 A run that was killed goes on where it stopped when the command is given again. `results.csv` gets a row as soon as a run ends.
-Its history goes to `histories/`. Runs of a study are told apart by row and seed. `--list` says what is there and what is not, and
-runs nothing; `--report` prints the study's table and draws its learning curves and final accuracies into `figures/`.
+Its history goes to `histories/`. Runs of a study are told apart by row and seed: other `--seeds` are other runs. `--list` says what
+is there and what is not, and runs nothing; `--report` prints the study's table and draws its learning curves and final accuracies into `figures/`.
 """
 
 import argparse
@@ -49,7 +49,9 @@ def main() -> None:
     rows = {row: overrides for row, overrides in study["rows"].items() if not arguments.rows or row in arguments.rows}
     for seed in arguments.seeds or study["seeds"]:  # seed by seed: a study that is interrupted has compared all rows
         for row, overrides in rows.items():
-            if any((entry["row"], entry["seed"]) == (row, str(seed)) for entry in measured(arguments.study)):
+            there = [run for run in measured(arguments.study) if (run["row"], run["seed"]) == (row, str(seed))]
+            if there:
+                print(f"{arguments.study}: {row}, seed {seed}: {there[0]['accuracy']}% in {RESULTS.name}, not run again")
                 continue
             command = [*shlex.split(f"{study['all']} {overrides}"), f"seed={seed}"]
             print(f"{arguments.study}: {row}, seed {seed}: python run.py {shlex.join(command)}", flush=True)
@@ -71,7 +73,7 @@ def parser(studies: dict) -> argparse.ArgumentParser:
     arguments.add_argument("--data-root", default=str(ROOT / "data"), help="the folder that holds cifar-10-batches-py")
     arguments.add_argument("--output-dir", default=str(ROOT / "outputs" / "accuracy"), help="for the runs' folders")
     arguments.add_argument("--tracking", choices=("mlflow", "none"), default="mlflow", help="none needs no MLflow")
-    arguments.add_argument("--list", action="store_true", help="say what is not measured yet, and run nothing")
+    arguments.add_argument("--list", action="store_true", help="say what is measured and what is not, and run nothing")
     arguments.add_argument("--report", action="store_true", help="print and draw what is measured, and run nothing")
     return arguments
 
