@@ -46,6 +46,8 @@ def launch(size: int, device: str, logs: dict[str, Any], work: Callable[..., Non
 
     for name in ("torch.distributed", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # pages about what is said in a line here
+    if multiprocessing.get_start_method(allow_none=True) == "loky":  # a joblib worker's, which no child of it knows
+        multiprocessing.set_start_method("spawn", force=True)
     failures = multiprocessing.get_context("spawn").SimpleQueue()
     threads = max(1, torch.get_num_threads() // size)
     with tempfile.TemporaryDirectory() as folder, stop_requests(then=_stop_children) as stop:
