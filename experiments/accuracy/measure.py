@@ -4,8 +4,9 @@
     python experiments/accuracy/measure.py ablation --data-root ../shared/data --seeds 0 1 2
 
 A run that was killed goes on where it stopped when the command is given again. `results.csv` gets a row as soon as a run ends.
-Its history goes to `histories/`. Runs of a study are told apart by row and seed: other `--seeds` are other runs. `--list` says what
-is there and what is not, and runs nothing; `--report` prints the study's table and draws its learning curves and final accuracies into `figures/`.
+Its history goes to `histories/`. Runs of a study are told apart by row and seed: other `--seeds` are other runs. `--list` says
+what is there and what is not, and runs nothing; `--report` prints the study's table and draws its learning curves and final
+accuracies into `figures/`.
 """
 
 import argparse
