@@ -52,7 +52,9 @@ def main() -> None:
         for row, overrides in rows.items():
             there = [run for run in measured(arguments.study) if (run["row"], run["seed"]) == (row, str(seed))]
             if there:
-                print(f"{arguments.study}: {row}, seed {seed}: {there[0]['accuracy']}% in {RESULTS.name}, not run again")
+                print(
+                    f"{arguments.study}: {row}, seed {seed}: {there[0]['accuracy']}% in {RESULTS.name}, not run again"
+                )
                 continue
             command = [*shlex.split(f"{study['all']} {overrides}"), f"seed={seed}"]
             print(f"{arguments.study}: {row}, seed {seed}: python run.py {shlex.join(command)}", flush=True)
