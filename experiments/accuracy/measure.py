@@ -50,14 +50,13 @@ def main() -> None:
     rows = {row: overrides for row, overrides in study["rows"].items() if not arguments.rows or row in arguments.rows}
     for seed in arguments.seeds or study["seeds"]:  # seed by seed: a study that is interrupted has compared all rows
         for row, overrides in rows.items():
-            there = [run for run in measured(arguments.study) if (run["row"], run["seed"]) == (row, str(seed))]
-            if there:
-                print(
-                    f"{arguments.study}: {row}, seed {seed}: {there[0]['accuracy']}% in {RESULTS.name}, not run again"
-                )
+            name = f"{arguments.study}: {row}, seed {seed}"
+            there = {(run["row"], run["seed"]): run["accuracy"] for run in measured(arguments.study)}
+            if (row, str(seed)) in there:
+                print(f"{name}: {there[row, str(seed)]}% in {RESULTS.name}, not run again")
                 continue
             command = [*shlex.split(f"{study['all']} {overrides}"), f"seed={seed}"]
-            print(f"{arguments.study}: {row}, seed {seed}: python run.py {shlex.join(command)}", flush=True)
+            print(f"{name}: python run.py {shlex.join(command)}", flush=True)
             if not arguments.list:
                 folder = Path(arguments.output_dir, arguments.study, f"{row}_seed_{seed}").absolute()
                 run([*command, f"tracking={arguments.tracking}"], folder, arguments.data_root)
