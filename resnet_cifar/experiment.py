@@ -21,7 +21,7 @@ from resnet_cifar.fingerprint import config_hash, source_hash
 from resnet_cifar.learning_rate import choose_max_lr, find_lr
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord, Training, diverged, fit
 from resnet_cifar.progress import ProgressDisplay, setting
-from resnet_cifar.recording import Invocation, check_unused, epoch_metrics, log_range_test, recorded, run_id
+from resnet_cifar.recording import Invocation, check_unused, epoch_metrics, failure, log_range_test, recorded, run_id
 from resnet_cifar.signals import StopRequest, do_nothing, stop_requests
 from resnet_cifar.sync import sync_all
 from resnet_cifar.tables import TrainingTables, cut_tables, read_csv
@@ -94,8 +94,8 @@ def train_in_processes(cfg: DictConfig, invocation: Invocation) -> None:
         known = run_id(invocation.folder)
         begun = known is not None if cfg.tracking.uri else (invocation.folder / "config.yaml").exists()
         as_before = before is not None and ending.exists() and ending.stat().st_mtime_ns == before
-        if begun and not as_before and sweep.status(invocation.folder)[0] != "FAILED":
-            # The process that recorded the run was killed, or ended as if it had been stopped.
+        if begun and not as_before and sweep.status(invocation.folder) != ("FAILED", failure(error)):
+            # The process that recorded the run was killed, or only met the end of the one that failed.
             stopped = dataclasses.replace(invocation, resumed=True, run_id=known, recorded=True)
             with contextlib.suppress(BaseException), recorded(cfg, stopped, {}):
                 raise error

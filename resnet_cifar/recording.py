@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from resnet_cifar import schema, tracking
+from resnet_cifar.artifact_files import write_whole
 from resnet_cifar.checkpoint import LAST
 from resnet_cifar.delivery import read_records
 from resnet_cifar.environment import without_environment
@@ -21,6 +22,7 @@ from resnet_cifar.loop import EpochRecord
 from resnet_cifar.passwords import without_passwords
 from resnet_cifar.progress import setting, shown, where_to_look
 from resnet_cifar.signals import exit_on_sigterm, ignored
+from resnet_cifar.sweep import STATUS
 from resnet_cifar.tables import read_csv
 from resnet_cifar.tracked_run import Run
 
@@ -37,7 +39,6 @@ MOST_PARAMS = 15  # more squeeze the images on MLflow's pages
 # Where a run lies and where it is recorded tell nothing about its result.
 NOT_COMPARED = ("tracking", "hydra", "output_dir", "data.root", "experiment", "scheduler.max_lr", "resume", "sweep")
 FILES = ("config.yaml", "model_summary.txt", "*.csv", "run.log", "figures/*.png", f"checkpoints/{LAST}")
-STATUS = "status.txt"
 SIGNAL_EXITS = (130, 143)  # SIGINT and SIGTERM: stopped, not failed
 
 log = logging.getLogger(__name__)
@@ -75,28 +76,38 @@ def recorded(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, s
     folder = invocation.folder
     with only_process(folder), exit_on_sigterm():
         if not invocation.resumed:
-            (folder / "config.yaml").write_text(OmegaConf.to_yaml(without_environment(cfg)))
+            with _writing(folder):
+                write_whole(folder / "config.yaml", OmegaConf.to_yaml(without_environment(cfg)))
         tracked_run = _start(cfg, invocation, provenance)
         (folder / STATUS).unlink(missing_ok=True)
         log.info("%s%s", f"\n{invocation.place}\n" if invocation.place else "Run folder: ", shown(folder))
         try:
-            yield tracked_run
+            with _writing(folder):
+                yield tracked_run
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt | GeneratorExit) or (
                 isinstance(error, SystemExit) and error.code in SIGNAL_EXITS
             )
             status = "KILLED" if stopped else "FAILED"
             hint = f"Stopped. Continue it: `python run.py resume={shlex.quote(str(folder))}`"
-            reason = hint if stopped else without_passwords(f"{type(error).__name__}: {error}")
-            _end(folder, tracked_run, status, reason)
-            if isinstance(error, OSError):
-                raise StorageError(
-                    f"{folder} cannot be written: {error}\nWhat was written before is still there."
-                ) from error
+            _end(folder, tracked_run, status, hint if stopped else failure(error))
             raise
         _end(folder, tracked_run, "FINISHED", None)
     if not invocation.place:  # a sweep says where to look once, at its end
         log.info("%s", where_to_look(cfg.task, folder, tracked_run))
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be written: {error}\nWhat was written before is still there.") from error
+
+
+def failure(error: BaseException) -> str:
+    """Why a run FAILED, as its status and its note in MLflow say it."""
+    return without_passwords(f"{type(error).__name__}: {error}".strip())
 
 
 def check_unused(folder: Path) -> None:
@@ -151,7 +162,7 @@ def _end(folder: Path, tracked_run: Run, status: str, note: str | None) -> None:
             tracked_run.log_file(path, None if parent == "." else parent)
     tracked_run.finish(status, note)
     try:
-        (folder / STATUS).write_text(f"{status}\n" + (f"{note}\n" if note else ""))
+        write_whole(folder / STATUS, f"{status}\n" + (f"{note}\n" if note else ""))
     except OSError as error:
         log.warning("%s cannot be written: %s", folder / STATUS, error)
 

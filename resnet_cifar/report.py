@@ -56,7 +56,7 @@ def model_summary(model: nn.Module, image_shape: Sequence[int]) -> str:
 def write_summary(path: Path, model: nn.Module, image_shape: Sequence[int]) -> None:
     """`model_summary.txt`; a model it cannot describe is a warning."""
     try:
-        path.write_text(model_summary(model, image_shape))
+        path.write_text(model_summary(model, image_shape), encoding="utf-8")
     except Exception as error:
         log.warning("%s was not written: %s: %s", path.name, type(error).__name__, str(error).partition("\n")[0])
 

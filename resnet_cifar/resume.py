@@ -13,7 +13,8 @@ from resnet_cifar import schema
 from resnet_cifar.compose import HYDRA_FILE, outputs, quoted
 from resnet_cifar.errors import CheckpointError, ConfigError
 from resnet_cifar.loop import Progress, Training
-from resnet_cifar.recording import STATUS, Invocation, find_run, run_id
+from resnet_cifar.recording import Invocation, find_run, run_id
+from resnet_cifar.sweep import status
 from resnet_cifar.tracked_run import SUMMARY
 
 
@@ -36,7 +37,7 @@ def command_line(argv: list[str]) -> list[str] | None:
         raise CheckpointError(
             f"{folder} is no run's own folder: there is no {HYDRA_FILE} in it. Give that, or the run's id"
         )
-    if (folder / STATUS).exists() and (folder / STATUS).read_text().startswith("FINISHED"):
+    if status(folder)[0] == "FINISHED":
         return None
     return [f"resume={quoted(folder)}", *moved, f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
 

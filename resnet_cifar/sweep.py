@@ -15,6 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from resnet_cifar.artifact_files import write_whole
 from resnet_cifar.compose import HYDRA_FILE, Sweep, quoted
@@ -280,8 +282,12 @@ def is_stopped(folder: Path, cfg: DictConfig) -> bool:
 
 def configuration(folder: Path) -> DictConfig | None:
     """The configuration of the run in the folder, if there is one: a folder given by hand can hold another sweep's."""
-    path = folder / "config.yaml"
-    return OmegaConf.load(path) if path.exists() else None
+    try:
+        cfg = OmegaConf.load(folder / "config.yaml")
+    except (FileNotFoundError, YAMLError, OmegaConfBaseException):
+        return None
+    whole = isinstance(cfg, DictConfig) and "tracking" in cfg  # a crash of the machine can leave it empty
+    return cfg if whole else None
 
 
 def _holds_a_run(folder: Path) -> bool:

@@ -4,6 +4,7 @@ The first one (rank 0) does what a process alone does: it finds the learning rat
 take their part in the steps and evaluations, and are silent.
 """
 
+import contextlib
 import logging
 import logging.config
 import multiprocessing
@@ -28,6 +29,8 @@ from resnet_cifar.signals import StopRequest, ignored, stop_requests
 
 # The launcher notices a process that dies; the others wait long for the first one only while it searches for the learning rate.
 PATIENCE = timedelta(days=1)
+# Characters of an error or its traceback: a pipe holds 64 KiB, and what is in it is read when all processes have ended.
+LONGEST = 5000
 
 
 def launch(size: int, device: str, logs: dict[str, Any], work: Callable[..., None], *arguments: Any) -> None:
@@ -116,9 +119,11 @@ def _work(
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
             work(world, *arguments)
+            world.wait_for_first()  # its evaluation at the end takes longer; NCCL wants to be ended by all at about the same time
             dist.destroy_process_group()
         except BaseException as error:
-            failures.put((_picklable(error), traceback.format_exc()))
+            if failures.empty():  # what the others meet then is that this one is gone
+                failures.put((_picklable(error), traceback.format_exc()[:LONGEST]))
             raise SystemExit(1) from None
 
 
@@ -132,7 +137,8 @@ def _speak(world: World, logs: dict[str, Any]) -> None:
 
 
 def _picklable(error: BaseException) -> BaseException:
-    try:
-        return pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
+    with contextlib.suppress(Exception):
+        pickled = pickle.dumps(error)
+        if len(pickled) <= LONGEST:
+            return pickle.loads(pickled)
+    return RuntimeError(f"{type(error).__name__}: {error}"[:LONGEST])

@@ -3,6 +3,7 @@
 They are forked from a server that has imported everything already: starting Python, torch and MLflow takes ten seconds.
 """
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -279,6 +280,24 @@ def terminated_again_at_the_end() -> None:
     tracked_run.TrackedRun.finish = finish_after_a_signal
 
 
+def second_process_fails(message: str) -> None:
+    """Of a training's processes the second raises an error in its first step, which the first only meets as a lost peer."""
+    from resnet_cifar import experiment
+
+    experiment.take_part = functools.partial(_take_part_but_in_the_second, message)
+
+
+def _take_part_but_in_the_second(message, world, cfg, invocation):
+    from resnet_cifar import experiment, loop
+
+    def no_batches(*_: object) -> None:
+        raise RuntimeError(message)
+
+    if world.rank == 1:
+        loop.training_batches = no_batches
+    experiment.take_part(world, cfg, invocation)
+
+
 def terminated_at_the_curves() -> None:
     """SIGTERM arrives when the last step is done and the curves are about to be drawn."""
     from resnet_cifar import report
@@ -291,6 +310,16 @@ def compiles_nothing() -> None:
     import torch
 
     torch.compiler.set_stance("force_eager")
+
+
+def full_disk_at_the_start() -> None:
+    """The configuration of the run, its first file, finds a full disk: /dev/full, a real ENOSPC."""
+    open_file = Path.open
+
+    def on_a_full_disk(path, *arguments, **keywords):
+        return open_file(Path("/dev/full") if path.name == ".config.yaml.part" else path, *arguments, **keywords)
+
+    Path.open = on_a_full_disk
 
 
 def disk_full_for_a_while() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import second_process_fails
 from test_resume import assert_equal_states, only_run, table, tracked
 from torch import nn
 
@@ -125,10 +126,10 @@ def test_records_are_of_the_whole_batch_and_of_all_held_out_images(of_two):
 def start(commands, outputs, tmp_path):
     """Start a run of two processes in `outputs`."""
 
-    def run(*arguments):
+    def run(*arguments, **fault):
         if not any(argument.startswith("resume=") for argument in arguments):
             arguments = (*RUN, *arguments, f"output_dir={outputs}")
-        return commands(*arguments, printed=tmp_path / f"printed_{time.monotonic_ns()}", daemon=False)
+        return commands(*arguments, printed=tmp_path / f"printed_{time.monotonic_ns()}", daemon=False, **fault)
 
     return run
 
@@ -232,6 +233,15 @@ def test_the_death_of_a_process_fails_an_untracked_run_too(start, outputs):
     os.kill(min(workers), signal.SIGKILL)  # the first to be started, which writes the run's files
     assert command.ends() == 1, command.output
     assert (folder / "status.txt").read_text().startswith("FAILED") and not alive(processes)
+
+
+def test_the_run_says_why_the_process_failed_that_failed_first(start, outputs):
+    command = start(fault=second_process_fails, fault_arguments=("cosmic ray " * 9000,))
+    assert command.ends() == 1, command.output
+    folder = only_run(outputs)
+    assert (folder / "status.txt").read_text().startswith("FAILED\nRuntimeError: RuntimeError: cosmic ray")
+    assert "cosmic ray" in tracked(folder)[1].data.tags["mlflow.note.content"]
+    assert "cosmic ray" in command.output and "no_batches" in (folder / "run.log").read_text()
 
 
 def test_no_process_outlives_the_one_that_started_it(start, outputs):

@@ -15,6 +15,7 @@ from processes import (
     STEPS,
     TINY,
     after_steps,
+    full_disk_at_the_start,
     full_disk_for_checkpoint,
     killed_before_the_checkpoint,
     signals,
@@ -342,6 +343,14 @@ def test_a_run_that_diverges_fails_with_6_and_keeps_its_last_good_checkpoint(sta
     state = checkpoint.load(folder)
     assert all(torch.isfinite(weights).all() for weights in state["model"].values())
     assert len(command.output.split("The loss is not")[1].splitlines()) <= 3
+
+
+def test_a_disk_full_from_the_start_ends_with_5_and_leaves_no_run(start, outputs):
+    command = start(fault=full_disk_at_the_start)
+    assert command.ends() == 5, command.output
+    [message] = [line for line in command.output.splitlines() if "cannot be written" in line]
+    assert str(outputs / "runs") in message and "No space left" in message
+    assert not list(outputs.glob("runs/*/config.yaml")) and "Traceback" not in command.output
 
 
 def test_a_full_disk_under_a_checkpoint_keeps_the_old_one_and_ends_with_5(start, outputs):

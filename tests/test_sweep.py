@@ -179,6 +179,14 @@ def test_a_folder_given_by_hand_with_another_sweeps_runs_is_not_taken_for_this_o
     assert sweep.is_stopped(folder, of_0) and not sweep.is_stopped(folder, of_1)
 
 
+@pytest.mark.parametrize("damaged", ["", "seed: [", "- 1\n", "seed: 0\n"])
+def test_a_run_whose_configuration_a_crash_damaged_is_none(finished, damaged):
+    folder, of_0, _ = finished
+    (folder / "config.yaml").write_text(damaged)
+    composition = composed("seed=0,1", "tracking=none", f"hydra.sweep.dir={folder.parent}")
+    assert sweep_store.finished_runs(composition.sweep) == {} and not sweep.is_stopped(folder, of_0)
+
+
 def test_after_a_change_of_the_source_nothing_in_a_folder_given_by_hand_is_finished_or_goes_on(finished):
     folder, *_ = finished
     planned_sweep = composed("seed=0,1", "tracking=none", f"hydra.sweep.dir={folder.parent}").sweep
