@@ -7,9 +7,11 @@ import inspect
 import logging
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
@@ -90,8 +92,12 @@ def keep_freed_memory() -> None:
 
 
 def multiply_matrices_in(precision: str) -> None:
-    """Let float32 matrix products outside autocast, which are Muon's, take the faster ways that bf16 allows: oneDNN, TF32."""
+    """Let float32 products outside autocast, which are Muon's, take the faster ways that bf16 allows: oneDNN, TF32.
+
+    And fp32 be fp32: by default cuDNN computes convolutions in TF32.
+    """
     torch.set_float32_matmul_precision("medium" if precision == "bf16" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "bf16"
 
 
 def check_devices(device: torch.device, devices: int) -> None:
@@ -175,7 +181,11 @@ def _read(dataset: str, train: bool, val_size: int) -> tuple[Images, Images | No
             # With download=True torchvision verifies files that are there twice.
             images = as_images(instantiate(node, train=train, download=False))
     if images is None:
-        images = as_images(instantiate(node, train=train))
+        with contextlib.ExitStack() as alone:
+            if node.get("download") and node.get("root"):  # a parallel sweep's jobs would break each other's archive
+                Path(node.root).mkdir(parents=True, exist_ok=True)
+                alone.enter_context(FileLock(Path(node.root, ".download.lock")))
+            images = as_images(instantiate(node, train=train))
     return hold_out(images, val_size) if val_size else (images, None)
 
 

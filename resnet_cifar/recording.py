@@ -28,6 +28,7 @@ from resnet_cifar.tracked_run import Run
 
 # What people compare runs by, as far as a configuration has it: these always, then what was overridden, then the others.
 COMPARED_GROUPS = ("data", "augmentation", "optimizer", "scheduler")
+USUAL_MODEL = "custom_resnet"  # another is compared too
 ALWAYS_COMPARED = ("seed", "trainer.epochs", "data.batch_size", "data.train_size", "model.width")
 COMPARED = (
     *("scheduler.pct_start", "scheduler.div_factor", "scheduler.final_div_factor", "optimizer.weight_decay"),
@@ -219,8 +220,16 @@ def compared_params(cfg: DictConfig, invocation: Invocation) -> dict[str, Any]:
     was given and what the checkpoint brings along: how it was trained is in the configuration of its own run.
     """
     values = dict(schema.leaves(without_environment(cfg)))
-    given = [override.partition("=")[0].lstrip("+") for override in invocation.overrides]
-    groups, keys = list(COMPARED_GROUPS), [*ALWAYS_COMPARED, *given, *COMPARED]
+    given: list[str] = []
+    groups = [*COMPARED_GROUPS, *(["model"] if invocation.choices.get("model", USUAL_MODEL) != USUAL_MODEL else [])]
+    for override in invocation.overrides:
+        name, _, value = override.lstrip("+").partition("=")
+        if value.startswith("{"):  # a section written out: what it says counts, not the option that it is merged into
+            given += [key for key in values if key.startswith(f"{name}.")]
+            groups = [group for group in groups if group != name]
+        else:
+            given.append(name)
+    keys = [*ALWAYS_COMPARED, *given, *COMPARED]
     if cfg.checkpoint is not None:
         groups = [group for group in groups if group in given]
         keys = [key for key in keys if key in given or key.startswith(FROM_CHECKPOINT)]

@@ -146,6 +146,25 @@ def test_what_runs_are_compared_by_comes_first_on_mlflows_pages(trained):
     assert list(params)[:3] == ["scheduler.div_factor", "model.width", "data"]
 
 
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ((), {"optimizer": "adam"}),
+        (("optimizer={_target_: torch.optim.SGD, lr: 0.1}",), {"optimizer._target_": "torch.optim.SGD"}),
+        (("optimizer=sgd", "optimizer.momentum=0.5"), {"optimizer": "sgd", "optimizer.momentum": 0.5}),
+        (("model=mine",), {"model": "mine", "optimizer": "adam"}),
+    ],
+)
+def test_a_part_that_is_not_the_usual_one_is_compared_too(given, shown):
+    choices = {"model": "custom_resnet", "optimizer": "adam"} | dict(
+        override.split("=") for override in given if "." not in override
+    )
+    cfg = compose(parse_arguments([override for override in given if override != "model=mine"])).jobs[0][0]
+    params = compared_params(cfg, Invocation(Path(), given, choices))
+    assert shown.items() <= params.items()
+    assert ("model" in params, "optimizer" in params) == ("model" in shown, "optimizer" in shown)
+
+
 def test_metrics_and_tables_agree(trained):
     rows = trained.table("history.csv")
     for key, column in {"train/loss": "train_loss", "test/accuracy": "eval_accuracy", "schedule/lr": "lr"}.items():

@@ -3,6 +3,8 @@
 import platform
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from torch import nn
 from resnet_cifar import parts
 from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.custom_resnet import CustomResNet
-from resnet_cifar.errors import ConfigError
+from resnet_cifar.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,23 @@ def test_files_that_are_there_are_verified_once(monkeypatch, cifar10):
     assert len(verified) == len(set(verified))
 
 
+def test_one_process_downloads_while_the_others_wait(monkeypatch, tmp_path):
+    happened = []
+
+    def download(_self):
+        happened.append("begins")
+        time.sleep(0.1)
+        happened.append("ends")
+        raise RuntimeError("the archive is damaged")
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", download)
+    [(cfg, _)] = compose(parse_arguments([f"data.root={tmp_path / 'data'}"])).jobs
+    with ThreadPoolExecutor() as threads:
+        failures = [threads.submit(parts.load_test, cfg.data) for _ in range(3)]
+    assert all(isinstance(failure.exception(), DataError) for failure in failures)
+    assert happened == 3 * ["begins", "ends"]
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_kept_for_the_next_tensor():
     code = """
@@ -127,12 +146,14 @@ def test_auto_is_bf16_where_the_processor_has_some_instructions_for_it(monkeypat
 
 @pytest.mark.parametrize(("precision", "products"), [("bf16", "medium"), ("fp32", "highest")])
 def test_products_outside_autocast_may_be_faster_under_bf16_alone(precision, products):
-    before = torch.get_float32_matmul_precision()
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     [(cfg, _)] = compose(
         parse_arguments([f"trainer.precision={precision}", "trainer.device=cpu", "model.width=0.125"])
     ).jobs
     try:
         parts.build_parts(cfg, ("cat", "dog"))
         assert torch.get_float32_matmul_precision() == products
+        assert torch.backends.cudnn.allow_tf32 == (precision == "bf16")
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
