@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from resnet_cifar import sweep, sweep_worker
 from resnet_cifar.compose import CONF, VERSION_BASE, Composition, compose, parse_arguments
-from resnet_cifar.console import nobody_reads
+from resnet_cifar.console import nobody_reads, say
 from resnet_cifar.errors import ConfigError, StorageError, UserError
 from resnet_cifar.passwords import without_passwords
 
@@ -110,11 +110,11 @@ def job(cfg: DictConfig) -> float | None:
             return None
         if stop.code in (INTERRUPTED, TERMINATED):
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                print(
+                say(
                     "Without sweep.rerun=all the same command keeps all finished runs, older ones too, and does the rest."
                     if cfg.sweep.rerun == "all"
                     else "The same command again goes on with the whole sweep.",
-                    file=sys.stderr,
+                    sys.stderr,
                 )
             raise
         fail(cfg, stop, stop.code if isinstance(stop.code, int) else UserError.exit_code)
@@ -133,7 +133,7 @@ def fail(cfg: DictConfig, error: BaseException, exit_code: int) -> None:
     message = short(error) if expected else f"{short(error)}\nthe traceback is in {settings.runtime.output_dir}/run.log"
     if settings.mode != RunMode.MULTIRUN:
         end(error, exit_code, message)
-    print(f"job {settings.job.num} failed: {message}", file=sys.stderr)
+    say(f"job {settings.job.num} failed: {message}", sys.stderr)
     sweep.record_failure(cfg, error, message)
 
 
@@ -141,7 +141,7 @@ def end(error: BaseException, exit_code: int, message: str = "") -> None:
     """Exit with the error's message on stderr, and its traceback for whoever set HYDRA_FULL_ERROR=1."""
     if os.environ[TRACEBACK] == "1":
         traceback.print_exception(error)
-    print(message or short(error), file=sys.stderr)
+    say(message or short(error), sys.stderr)
     sys.exit(exit_code)
 
 

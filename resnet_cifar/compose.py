@@ -1,6 +1,7 @@
 """From the command line to configurations: what Hydra is going to run, composed once before it starts."""
 
 import argparse
+import inspect
 import os
 import re
 import secrets
@@ -27,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from resnet_cifar.errors import ConfigError
 from resnet_cifar.fingerprint import config_hash, sweep_id
-from resnet_cifar.suggestions import did_you_mean, keys
+from resnet_cifar.suggestions import closest, did_you_mean, keys
 from resnet_cifar.sweep_worker import gpus_of_a_job
 
 VERSION_BASE = "1.3"
@@ -46,11 +47,15 @@ Jobs = list[tuple[DictConfig, list[str]]]  # configuration and overrides of each
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep before it starts: its id, its folder, its jobs, and the folder of each, or none where the sweeper makes jobs up."""
+    """A sweep before it starts: its id, its folder, its jobs, and for each the chosen option of `data` and its folder.
+
+    Where the sweeper makes jobs up there are no folders.
+    """
 
     id: str
     folder: Path
     jobs: Jobs
+    data_sets: tuple[str | None, ...]
     job_folders: tuple[Path, ...]
 
     @property
@@ -77,9 +82,12 @@ def outputs() -> str:
 
 
 def presets() -> str:
-    """The `${presets:}` of the help text: a line for each experiment/*.yaml, the first of its header."""
+    """The `${presets:}` of the help text: a line for each experiment/*.yaml, the first of its header; `--config-dir`'s too."""
+    sources = GlobalHydra.instance().config_loader().get_sources()
+    folders = [Path(source.path, "experiment") for source in sources if source.scheme() == "file"]
+    paths = {path.stem: path for folder in reversed(folders) for path in folder.glob("*.yaml")}  # the first one counts
     lines = []
-    for path in sorted((CONF / "experiment").glob("*.yaml")):
+    for _, path in sorted(paths.items()):
         comments = [line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
         purpose = next((line for line in comments if not line.startswith("@package")), "")
         lines += _in_columns(path.stem, purpose)
@@ -211,7 +219,8 @@ def _with_sweep(jobs: Jobs, overrides: list[str], known: bool) -> Composition:
         with open_dict(cfg):
             cfg.hydra.job.num = number
         folders.append(folder / str(cfg.hydra.sweep.subdir))
-    return Composition(composed, Sweep(name, folder, composed, tuple(folders)))
+    data_sets = tuple(cfg.hydra.runtime.choices.get("data") for cfg in launched)
+    return Composition(composed, Sweep(name, folder, composed, data_sets, tuple(folders)))
 
 
 def _as_written(cfg: DictConfig) -> list[str]:
@@ -231,6 +240,9 @@ def _reason(error: Exception, arguments: argparse.Namespace) -> str:
         return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: not valid YAML: {error.problem}"
     if isinstance(error, OverrideParseException):
         key, equals, value = str(error.override).partition("=")
+        if re.search(r"\[\d+\]", key):
+            dotted = re.sub(r"\[(\d+)\]", r".\1", key)
+            return f"cannot read {key}: a place in a list is written with a dot: {dotted}{equals}{value}"
         if not equals:
             return f"cannot read {key}: settings are written key=value"
         if value.startswith("~") and value[1:2] not in ("", "/"):
@@ -257,7 +269,7 @@ def _reason(error: Exception, arguments: argparse.Namespace) -> str:
             return f"{key} is no key of this launcher{': give hydra/launcher=parallel or another' if another else ''}"
         if options := _options_with(key):
             return f"{key} is not a key here: it goes with {' or '.join(options)}"
-        return f"{key} is not a key{did_you_mean(key, _known_keys(arguments), value)}"
+        return f"{key} is not a key{did_you_mean(key, _known_keys(arguments), value) or _with_a_plus(key, value, arguments)}"
     return f"{first_line} (given: {' '.join(arguments.overrides)})"
 
 
@@ -273,6 +285,22 @@ def _options_with(key: str) -> list[str]:
     return found
 
 
+def _with_a_plus(key: str, value: str, arguments: argparse.Namespace) -> str:
+    """For a key that is not in the configuration and could be: what a `_target_` or Grad-CAM takes beside what is there."""
+    from resnet_cifar.targets import resolve  # late: the target's own imports take seconds
+
+    section, _, name = key.rpartition(".")
+    if not section or not value:
+        return ""
+    if section == "explain.layers":
+        return f"; another layer wants a +: +{key}{value}"
+    target = OmegaConf.select(_group_choices_alone(arguments), f"{section}._target_")
+    with suppress(ConfigError, ValueError):  # a target that cannot be imported, or has no signature
+        if target and (taken := closest(name, inspect.signature(resolve(target)).parameters)):
+            return f"; another argument of {target.rpartition('.')[2]} wants a +: +{section}.{taken[0]}{value}"
+    return ""
+
+
 def _missing_option(error: MissingConfigException) -> str:
     group, _, option = error.missing_cfg_file.rpartition("/")
     if group == "hydra/launcher" and option in LAUNCHER_EXTRAS:
@@ -283,15 +311,19 @@ def _missing_option(error: MissingConfigException) -> str:
 
 
 def _known_keys(arguments: argparse.Namespace) -> list[str]:
-    """Every key of the configuration as composed from the command line's group choices alone, as far as they are right."""
-    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
-    choices = [override for override in arguments.overrides if override.partition("=")[0] in groups]
+    """Every key that can be overridden, and the groups."""
+    known = keys(OmegaConf.to_container(_group_choices_alone(arguments), resolve=False))
+    return [*(key for key in known if not key.endswith("._target_")), *_groups()]
+
+
+def _group_choices_alone(arguments: argparse.Namespace) -> DictConfig:
+    """The configuration as composed from the command line's group choices alone, as far as they are right."""
+    choices = [override for override in arguments.overrides if override.partition("=")[0] in _groups()]
     for overrides in (choices, []):
-        try:
-            with _hydra(arguments) as hydra:
-                cfg = hydra.config_loader.load_configuration("config", overrides, RunMode.MULTIRUN)
-        except ConfigCompositionException:
-            continue
-        known = keys(OmegaConf.to_container(_without_hydra(cfg), resolve=False))
-        return [*(key for key in known if not key.endswith("._target_")), *groups]
-    return []
+        with suppress(ConfigCompositionException), _hydra(arguments) as hydra:
+            return _without_hydra(hydra.config_loader.load_configuration("config", overrides, RunMode.MULTIRUN))
+    return OmegaConf.create()
+
+
+def _groups() -> set[str]:
+    return {path.name for path in CONF.iterdir() if path.is_dir()}

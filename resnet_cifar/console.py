@@ -3,19 +3,20 @@
 import logging
 import os
 import sys
+from typing import TextIO
 
 
-def nobody_reads() -> None:
-    """Let what is still said on stdout go nowhere, as Python's own last words at exit would fail too."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def nobody_reads(stream: TextIO | None = None) -> None:
+    """Let what is still said there, by default on stdout, go nowhere, as Python's own last words at exit would fail too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
 
-def say(text: str) -> None:
-    """Print it, to whoever is still there."""
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print it there, by default on stdout, to whoever is still reading."""
     try:
-        print(text, flush=True)
+        print(text, file=stream, flush=True)
     except BrokenPipeError:
-        nobody_reads()
+        nobody_reads(stream)
 
 
 class ConsoleHandler(logging.StreamHandler):

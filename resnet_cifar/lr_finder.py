@@ -4,7 +4,7 @@ import contextlib
 import copy
 import io
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,7 @@ class RangeTest:
 def range_test(
     model: nn.Module,
     optimizer: Optimizer,
-    batches: Iterator[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, Tensor]],
     *,
     end_lr: float = 0.1,
     num_iter: int = 100,
@@ -40,15 +40,24 @@ def range_test(
 
     Model, optimizer and all random generators are left as they were. It ends early where the loss exceeds five times
     its lowest value, torch-lr-finder's default.
+
+    Raises:
+        ValueError: there are fewer than `num_iter` batches.
     """
     from torch_lr_finder import LRFinder, TrainDataLoaderIter
 
     class Batches(TrainDataLoaderIter):
         def __init__(self) -> None:
-            self._iterator = batches
+            self._iterator = iter(batches)
+            self.count = 0
 
         def __next__(self) -> tuple[Tensor, Tensor]:
-            return next(self._iterator)
+            for batch in self._iterator:
+                self.count += 1
+                return batch
+            raise ValueError(
+                f"batches ended after {self.count} of num_iter={num_iter} iterations: give more, or lower num_iter"
+            )
 
     # One deepcopy of both keeps the copied optimizer on the copied parameters.
     model, optimizer = copy.deepcopy((model, optimizer))

@@ -14,15 +14,16 @@ def keys(container: Mapping[str, Any], parent: str = "") -> Iterator[str]:
 
 
 def closest(given: str, known: Iterable[str]) -> list[str]:
-    """At most two of the known names: those with the same last part, else those spelled alike as a whole or in that part."""
-    known = list(known)
+    """At most two of the known names: those with the same last part, else those whose last part is spelled alike."""
     last = given.rpartition(".")[2]
     by_last: dict[str, list[str]] = {}
     for name in known:
         by_last.setdefault(name.rpartition(".")[2], []).append(name)
-    alike = difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)
-    found = by_last.get(last) or difflib.get_close_matches(given, known, n=1, cutoff=0.8)
-    return (found or [name for part in alike for name in by_last[part]])[:2]
+    if last in by_last:
+        return by_last[last][:2]
+    # Not by the whole name alone: the keys of one section are alike as such.
+    names = [name for part in difflib.get_close_matches(last, by_last, cutoff=0.75) for name in by_last[part]]
+    return difflib.get_close_matches(given, names, n=1, cutoff=0.8) or names[:2]
 
 
 def did_you_mean(given: str, known: Iterable[str], value: str = "") -> str:

@@ -20,6 +20,7 @@ from yaml import YAMLError
 
 from resnet_cifar.artifact_files import write_whole
 from resnet_cifar.compose import HYDRA_FILE, Sweep, quoted
+from resnet_cifar.console import say
 from resnet_cifar.environment import without_environment
 from resnet_cifar.errors import ConfigError, StorageError, UserError
 from resnet_cifar.fingerprint import config_hash, source_hash
@@ -236,7 +237,7 @@ class EndOfSweep(Callback):
         exit_code = _publish(folder, config) if load_plan(folder).jobs else 0
         if (folder / FAILED).exists():
             count = len((folder / FAILED).read_text(encoding="utf-8").splitlines())
-            sys.stderr.write(f"{count} of the sweep's jobs failed: {folder / FAILED}\n")
+            say(f"{count} of the sweep's jobs failed: {folder / FAILED}", sys.stderr)
             exit_code = UserError.exit_code
         if exit_code:
             raise SystemExit(exit_code)
@@ -250,13 +251,14 @@ def _publish(folder: Path, config: DictConfig) -> int:
 
         sweep_summary.publish(folder, config)
     except UserError as error:
-        sys.stderr.write(f"{error}\n")
+        say(str(error), sys.stderr)
         return error.exit_code
     except Exception as error:
         (folder / SUMMARY_ERROR).write_text(traceback.format_exc(), encoding="utf-8")
-        sys.stderr.write(
+        say(
             f"The sweep's runs are kept, but their summary failed: {type(error).__name__}: {error}\n"
-            f"The traceback is in {folder / SUMMARY_ERROR}. The same command again makes the summary anew.\n"
+            f"The traceback is in {folder / SUMMARY_ERROR}. The same command again makes the summary anew.",
+            sys.stderr,
         )
         return UserError.exit_code
     return 0

@@ -133,10 +133,10 @@ def estimate(sweep: Sweep, actions: Sequence[str]) -> str:
     # finder, the figures and the exported model, which are much of a short run.
     earlier = [run for run in trained if not _was_resumed(run)]
     seconds, guessed = 0.0, 0
-    for (cfg, _), action in zip(sweep.jobs, actions, strict=True):
+    for (cfg, _), data, action in zip(sweep.jobs, sweep.data_sets, actions, strict=True):
         if action == SKIP:
             continue
-        alike = [run for run in earlier if _size(run) == _planned_size(cfg)][:RUNS_FOR_ESTIMATE]
+        alike = [run for run in earlier if _size(run) == _planned_size(cfg, data)][:RUNS_FOR_ESTIMATE]
         if not alike:
             return "no earlier runs of this size to estimate the time from"
         per_epoch = mean(
@@ -156,9 +156,8 @@ def _size(run: "MlflowRun") -> list[str | None]:
     return [run.data.params.get(key) for key in SIZE]
 
 
-def _planned_size(cfg: DictConfig) -> list[str | None]:
-    choice = {"torchvision.datasets.CIFAR10": "cifar10", "resnet_cifar.data.Digits": "digits"}
-    values = [choice.get(cfg.data.dataset._target_), *(OmegaConf.select(cfg, key) for key in SIZE[1:])]
+def _planned_size(cfg: DictConfig, data: str | None) -> list[str | None]:
+    values = [data, *(OmegaConf.select(cfg, key) for key in SIZE[1:])]
     return [None if value is None else str(value) for value in values]
 
 

@@ -69,6 +69,11 @@ def assert_short(message):
         ("max_lr=0.1", "did you mean scheduler.max_lr=0.1?"),
         ("epochs=3", "did you mean trainer.epochs=3?"),
         ("trainer.epoch=3", "did you mean trainer.epochs=3?"),
+        ("optimizer.betas=[0.9,0.9]", "another argument of Adam wants a +: +optimizer.betas=[0.9,0.9]"),
+        ("optimizer.amsgrd=true", "wants a +: +optimizer.amsgrad=true"),
+        ("explain.layers.mine=prep", "another layer wants a +: +explain.layers.mine=prep"),
+        ("model.depth=3", "model.depth is not a key\n"),
+        ("augmentation.transforms[0].padding=2", "with a dot: augmentation.transforms.0.padding=2"),
         ("modle=custom_resnet", "did you mean model=custom_resnet?"),
         ("--epochs=3", "did you mean trainer.epochs=3?"),
         ("--epochs 3", "did you mean trainer.epochs=...?"),
@@ -126,11 +131,10 @@ def test_a_password_in_a_line_that_cannot_be_read_is_not_printed(command):
     assert "s3cr3t" not in err
 
 
-def test_a_preset_of_the_users_own_needs_no_comment(monkeypatch, tmp_path):
+def test_a_preset_of_the_users_own_needs_no_comment(command, tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 1\n")
-    monkeypatch.setattr(compose, "CONF", tmp_path)
-    assert compose.presets() == "  mine"
+    assert "\n  mine\n" in command("--config-dir", str(tmp_path), "--help")[1]
 
 
 @pytest.mark.parametrize(
@@ -301,9 +305,11 @@ def test_help_is_a_documentation(command):
 
 
 def test_the_help_has_the_users_own_options_too(command, tmp_path):
-    (tmp_path / "own" / "model").mkdir(parents=True)
-    (tmp_path / "own" / "model" / "mine.yaml").touch()
-    assert "model custom_resnet, mine" in " ".join(command("--config-dir", str(tmp_path / "own"), "--help")[1].split())
+    for group in ("model", "experiment"):
+        (tmp_path / "own" / group).mkdir(parents=True)
+        (tmp_path / "own" / group / "mine.yaml").write_text("# What it is for\n")
+    shown = " ".join(command("--config-dir", str(tmp_path / "own"), "--help")[1].split())
+    assert "model custom_resnet, mine" in shown and "mine What it is for quickstart" in shown
 
 
 def test_the_keys_in_the_help_exist(command):
@@ -342,6 +348,17 @@ def test_shell_completion_completes():
 def test_values_of_a_wrong_type_are_refused_in_a_sweep_as_in_a_run(command, value):
     code, _, err = command("-m", *value.split())
     assert (code, "should be a valid" in err) == (2, True), err
+
+
+def test_a_failure_that_nobody_reads_is_recorded_all_the_same(tmp_path):
+    arguments = ["-m", *TINY, "seed=0", "explain.layers.layer_3=nowhere", "tracking=none", f"output_dir={tmp_path}"]
+    process = subprocess.Popen(
+        [sys.executable, "run.py", *arguments], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    process.stderr.close()
+    assert process.wait() == 1
+    [failed] = tmp_path.glob("sweeps/*/failed_jobs.txt")
+    assert "nowhere" in failed.read_text()
 
 
 def test_a_reader_who_leaves_early_is_no_error():

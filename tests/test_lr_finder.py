@@ -100,6 +100,13 @@ def curve(losses):
     return RangeTest(np.arange(1, len(losses) + 1) / 100, losses)
 
 
+def test_a_loader_is_taken_as_it_is_and_one_that_ends_early_is_said(model, optimizer):
+    loader = list(batches(5))
+    assert len(range_test(model, optimizer, loader, num_iter=5).losses) == 5
+    with pytest.raises(ValueError, match="after 5 of num_iter=6 iterations"):
+        range_test(model, optimizer, loader, num_iter=6)
+
+
 def test_min_loss_is_where_the_loss_is_lowest():
     assert suggest(curve([3, 2, 1, 2, 5]), "min_loss") == 0.03
 

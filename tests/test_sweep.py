@@ -381,7 +381,7 @@ def test_the_time_a_resumed_run_lay_stopped_is_not_in_the_estimate(outputs, tmp_
 
     def earlier(seconds, **tags):
         run = client.create_run(experiment, start_time=1000, tags={"task": "train", **tags})
-        for key, value in zip(sweep_store.SIZE, sweep_store._planned_size(settings), strict=True):
+        for key, value in zip(sweep_store.SIZE, sweep_store._planned_size(settings, "digits"), strict=True):
             if value is not None:
                 client.log_param(run.info.run_id, key, value)
         client.log_param(run.info.run_id, "trainer.epochs", 2)
