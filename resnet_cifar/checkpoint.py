@@ -63,8 +63,8 @@ def keep_only_last(folder: Path) -> None:
 
 
 def exists(folder: Path) -> bool:
-    """Whether the run in `folder` came as far as its first checkpoint."""
-    return any((folder / "checkpoints" / name).exists() for name in (LAST, PREVIOUS))
+    """Whether the folder of checkpoints has one."""
+    return any((folder / name).exists() for name in (LAST, PREVIOUS))
 
 
 def load(path: Path, network: nn.Module | None = None) -> dict[str, Any]:
@@ -143,8 +143,9 @@ def _sync_folder(folder: Path) -> None:
 def _storage_error(error: OSError, folder: Path, size: int) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(folder).free
+        kept = "; the last good checkpoint is still there" if exists(folder) else ""
         return StorageError(
             f"The disk is full: a checkpoint needs {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free in {folder}.\n"
-            "Free some space; the last good checkpoint is still there."
+            f"Free some space{kept}."
         )
     return StorageError(f"The checkpoint folder {folder} cannot be written: {error.strerror or error}.")

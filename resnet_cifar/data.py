@@ -70,8 +70,11 @@ class Digits:
 def as_images(dataset: LabelledImages) -> Images:
     """The whole data set as tensors, channels last in memory; pixels that are contiguous (N, H, W, C) are not copied.
 
-    Raises `DataError` where its `data` are no such pixels.
+    Raises `DataError` where its `data` are no such pixels, or its `targets` no labels of theirs.
     """
+    missing = [f"`{name}`" for name in ("data", "targets", "classes") if not hasattr(dataset, name)]
+    if missing:
+        raise DataError(f"{type(dataset).__name__} has no {' and no '.join(missing)}, as torchvision's CIFAR10 has.")
     array = np.asarray(dataset.data)
     if array.ndim != 4 or array.dtype != np.uint8:
         raise DataError(
@@ -80,7 +83,13 @@ def as_images(dataset: LabelledImages) -> Images:
     if min(array.strides) < 0:  # which torch does not have
         array = array.copy()
     pixels = torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-    return Images(pixels, torch.as_tensor(dataset.targets, dtype=torch.long), tuple(dataset.classes))
+    labels, classes = torch.as_tensor(dataset.targets, dtype=torch.long), tuple(dataset.classes)
+    if labels.shape != (len(array),) or not set(labels.tolist()) <= set(range(len(classes))):
+        raise DataError(
+            f"The `targets` of {type(dataset).__name__} should be {len(array)} numbers, one for each image,\n"
+            f"from 0 to {len(classes) - 1}, since there are {len(classes)} `classes`."
+        )
+    return Images(pixels, labels, classes)
 
 
 def dataset_error(error: Exception, root: str | None, subfolder: str = "") -> DataError:
@@ -101,12 +110,13 @@ def dataset_error(error: Exception, root: str | None, subfolder: str = "") -> Da
     )
 
 
-def subset(images: Images, size: int | None, key: str) -> Images:
-    """The first `size` images (all when None), the same ones for every seed."""
+def subset(images: Images, size: int | None, key: str, beside: str = "") -> Images:
+    """The first `size` images (all when None), the same ones for every seed; an error says what `key` is `beside`."""
     if size is None:
         return images
     if size > len(images):
-        raise ConfigError(f"{key}={size}: there are only {len(images)} images; give at most that, or null for all.")
+        left = f"{len(images)} images{beside}"
+        raise ConfigError(f"{key}={size}: there are only {left}; give at most that, or null for all.")
     return images[:size]
 
 

@@ -20,7 +20,7 @@ from resnet_cifar.evaluation import evaluate_and_explain, evaluate_checkpoint, e
 from resnet_cifar.fingerprint import config_hash, source_hash
 from resnet_cifar.learning_rate import choose_max_lr, find_lr
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord, Training, diverged, fit
-from resnet_cifar.progress import ProgressDisplay, setting
+from resnet_cifar.progress import ProgressDisplay
 from resnet_cifar.recording import Invocation, check_unused, epoch_metrics, failure, log_range_test, recorded, run_id
 from resnet_cifar.signals import StopRequest, do_nothing, stop_requests
 from resnet_cifar.sync import sync_all
@@ -239,10 +239,7 @@ def follow(
                 saved = time.monotonic()
                 saving = saved - began
             if stopped_by:
-                log.warning(
-                    "Stopped by signal %d in epoch %d; a checkpoint is saved. Go on with it:\n  python run.py %s",
-                    *(stopped_by, record.epoch, setting("resume", folder)),
-                )
+                log.warning("Signal %d in epoch %d; a checkpoint is saved.", stopped_by, record.epoch)
                 raise SystemExit(128 + stopped_by)
     finally:
         write()

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-# Where a run lies, where it is recorded and where its images are found tell nothing about its result.
+# Where a run lies, where it is recorded and how it was asked for tell nothing about its result.
 ELSEWHERE = ("tracking", "sweep", "output_dir", "resume")
 
 

@@ -187,7 +187,8 @@ def markdown(rows: Sequence[dict[str, Any]], gap: str = "") -> str:
 
 
 def _cells(rows: Sequence[dict[str, Any]], error_length: int) -> list[list[str]]:
-    keys = [key for key in rows[0] if key not in ("error", "deviation", "runs") or any(row[key] for row in rows)]
+    nothing = {"runs": (0,)}  # beside None and "": a column of nothing else is left out
+    keys = [key for key in rows[0] if any(row[key] not in (None, "", *nothing.get(key, ())) for row in rows)]
     names = {**short_names(keys), "seconds": "time"}
     # The metrics keep their names: what is ranked by must be said.
     head = [key if key.endswith(("/accuracy", "/loss")) else names[key] for key in keys]

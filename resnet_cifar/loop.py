@@ -39,8 +39,8 @@ class EpochRecord:
     train_accuracy: float
     eval_loss: float
     eval_accuracy: float
-    images_per_second: float  # of the training steps alone
-    epoch_seconds: float  # training and evaluation
+    images_per_second: float  # of the training steps and what is done with their records
+    epoch_seconds: float  # the same and the evaluation
 
 
 @dataclass(frozen=True)

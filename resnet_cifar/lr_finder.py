@@ -76,7 +76,10 @@ def range_test(
 
 @contextlib.contextmanager
 def untouched_generators(device: torch.device) -> Iterator[None]:
-    """Put back torch's (on CPU and `device`), NumPy's and Python's random generators: a user's transform may draw from any."""
+    """Put back torch's (on the CPU and a CUDA `device`), NumPy's and Python's random generators.
+
+    A user's transform may draw from any.
+    """
     of_numpy, of_python = np.random.get_state(), random.getstate()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:

@@ -157,7 +157,7 @@ def load_train_and_val(data: DictConfig) -> tuple[Images, Images | None]:
         DataError: as `load_test`.
     """
     train, val = _load(data, train=True)
-    train = subset(train, data.train_size, "data.train_size")
+    train = subset(train, data.train_size, "data.train_size", f" beside data.val_size={data.val_size}" if val else "")
     if data.batch_size > len(train):
         raise ConfigError(f"data.batch_size={data.batch_size}: larger than the {len(train)} training images.")
     return train, val

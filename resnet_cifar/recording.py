@@ -92,6 +92,8 @@ def recorded(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, s
             status = "KILLED" if stopped else "FAILED"
             hint = f"Stopped. Continue it: `python run.py resume={shlex.quote(str(folder))}`"
             _end(folder, tracked_run, status, hint if stopped else failure(error))
+            if isinstance(error, KeyboardInterrupt | SystemExit) and stopped:
+                log.warning("Stopped. Go on with it:\n  python run.py %s", setting("resume", folder))
             raise
         _end(folder, tracked_run, "FINISHED", None)
     if not invocation.place:  # a sweep says where to look once, at its end
@@ -248,7 +250,8 @@ def run_name(cfg: DictConfig, invocation: Invocation) -> str:
         return invocation.name[:LONGEST_NAME]
     if cfg.tracking.run_name:
         return without_environment(cfg)["tracking"]["run_name"][:LONGEST_NAME]
-    preset = invocation.choices.get("experiment") or ("session_10" if cfg.task == "train" else cfg.task)
+    preset = invocation.choices.get("experiment")
+    named = [preset or "session_10"] if cfg.task == "train" else [*([preset] if preset else []), cfg.task]
     aside = tuple(key for key in NOT_COMPARED if key != "scheduler.max_lr")
     given = [override for override in invocation.overrides if not override.startswith((*aside, "task=", "checkpoint="))]
-    return " ".join([preset, *given])[:120]
+    return " ".join([*named, *given])[:120]

@@ -32,7 +32,7 @@ def command_line(argv: list[str]) -> list[str] | None:
     beside = [argument for argument in argv if argument not in (given, *moved)]
     if beside:
         raise ConfigError(f"A run is resumed with its own configuration: leave out {' '.join(beside)}")
-    folder = find_run(given.partition("=")[2], Path(outputs()), "resume")
+    folder = find_run(given.partition("=")[2].strip("'\""), Path(outputs()), "resume")
     if not (folder / HYDRA_FILE).is_file():
         raise CheckpointError(
             f"{folder} is no run's own folder: there is no {HYDRA_FILE} in it. Give that, or the run's id"

@@ -57,8 +57,9 @@ def _log(plan: Plan, folder: Path, settings: DictConfig, note: str, found: Seque
     varied = [
         name for key, name in short_names(list(found[0].values)).items() if key != SEED or len(found[0].values) == 1
     ]
+    name = f"sweep of {', '.join(varied)} ({plan.id})" if varied else f"sweep ({plan.id})"
     try:
-        summary = sweep_store.log_summary(settings, plan.id, f"sweep of {', '.join(varied)} ({plan.id})", note, folder)
+        summary = sweep_store.log_summary(settings, plan.id, name, note, folder)
     except Exception as error:
         message = f"The sweep's summary is not in MLflow ({reason(error)}).\nThe same command again adds it."
         raise StorageError(message) from error

@@ -41,7 +41,7 @@ def load(cfg: DictConfig, invocation: Invocation, world: World = ALONE) -> Start
         world.wait_for_first()
     built = parts.build_parts(cfg, train_images.classes)
     # Stopped before its first checkpoint, a run starts again.
-    resumable = invocation.resumed and checkpoint.exists(invocation.folder)
+    resumable = invocation.resumed and checkpoint.exists(invocation.folder / "checkpoints")
     state = checkpoint.load(invocation.folder, built.network) if resumable else None
     if state is not None and state.get("precision", built.precision) != built.precision:
         log.warning(

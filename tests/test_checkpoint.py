@@ -46,7 +46,7 @@ def test_a_state_comes_back_and_the_older_one_is_kept(tmp_path):
 
 def test_a_run_folder_is_as_good_as_its_checkpoint_folder(tmp_path):
     checkpoint.save(state(5), tmp_path / "checkpoints")
-    assert checkpoint.exists(tmp_path)
+    assert checkpoint.exists(tmp_path / "checkpoints")
     assert checkpoint.load(tmp_path)["config"] == {"seed": 5}
 
 
@@ -240,10 +240,14 @@ def test_a_disk_that_is_full_when_it_syncs_is_said_too(tmp_path, monkeypatch, nu
     def full(_):
         raise OSError(number, os.strerror(number))
 
-    with monkeypatch.context() as patched, pytest.raises(StorageError, match="The disk is full") as error:
+    with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        checkpoint.save(state(2), tmp_path)
+        for folder, still_there in {tmp_path: True, tmp_path / "first": False}.items():
+            with pytest.raises(StorageError, match="The disk is full") as error:
+                checkpoint.save(state(2), folder)
+            assert ("still there" in str(error.value)) == still_there
     assert error.value.exit_code == 5
+    (tmp_path / "first").rmdir()
     assert checkpoint.load(tmp_path)["config"] == {"seed": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 

@@ -65,6 +65,18 @@ def test_pixels_of_another_shape_or_type_are_refused():
             as_images(SimpleNamespace(data=pixels, targets=[0, 1], classes=("a", "b")))
 
 
+@pytest.mark.parametrize("targets", [[0], [0, 2], [0, -1], [[0, 1]]])
+def test_targets_that_are_no_labels_of_the_images_are_refused(targets):
+    pixels = np.zeros((2, 32, 32, 3), dtype=np.uint8)
+    with pytest.raises(DataError, match=r"should be 2 numbers, one for each image,\nfrom 0 to 1"):
+        as_images(SimpleNamespace(data=pixels, targets=targets, classes=("a", "b")))
+
+
+def test_a_data_set_without_names_of_its_classes_is_refused():
+    with pytest.raises(DataError, match="has no `targets` and no `classes`"):
+        as_images(SimpleNamespace(data=np.zeros((2, 32, 32, 3), dtype=np.uint8)))
+
+
 def test_a_data_set_that_needs_no_files_is_not_to_be_deleted():
     assert "Delete" not in str(dataset_error(RuntimeError("x"), None))
 

@@ -138,6 +138,16 @@ def test_a_name_is_no_longer_than_a_database_takes():
         assert len(run_name(cfg, invocation)) == 250
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [((), "session_10"), (("task=find_lr",), "find_lr"), (("task=find_lr", "experiment=record"), "record find_lr")],
+)
+def test_a_run_is_named_by_its_preset_and_what_it_does(given, name):
+    cfg = compose(parse_arguments(list(given))).jobs[0][0]
+    preset = dict(override.split("=") for override in given).get("experiment")
+    assert run_name(cfg, Invocation(Path(), given, {"experiment": preset})) == name
+
+
 def test_what_runs_are_compared_by_comes_first_on_mlflows_pages(trained):
     assert next(iter(trained.tracked.data.metrics)) == "test/accuracy"
     cfg = compose(parse_arguments(["model.width=0.5", "scheduler.div_factor=25"])).jobs[0][0]
@@ -603,3 +613,4 @@ def test_a_signal_while_the_figures_are_drawn_ends_the_run_as_killed(start, faul
     run = start("scheduler.max_lr=0.01", "trainer.epochs=1", fault=fault)
     assert run.code == 128 + number, run.output
     assert run.tracked.info.status == "KILLED"
+    assert f"Go on with it:\n  python run.py resume={run.folder}\n" in run.output

@@ -215,7 +215,8 @@ def test_a_signal_saves_a_checkpoint_within_a_batch_and_the_run_is_killed(
     assert run.info.status == "KILLED" and f"resume={folder}" in run.data.tags["mlflow.note.content"]
     assert "checkpoints/last.pt" in [file.path for file in client.list_artifacts(run.info.run_id, "checkpoints")]
     assert "Traceback" not in stopped.output
-    assert start(f"resume={folder}").ends() == 0
+    assert stopped.output.count(f"Go on with it:\n  python run.py resume={folder}\n") == 1
+    assert start(f"resume='{folder}'").ends() == 0
     assert_as_if_never_interrupted(folder, uninterrupted)
 
 

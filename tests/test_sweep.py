@@ -339,7 +339,9 @@ def test_jobs_that_find_a_rate_or_explain_pictures_came_to_their_end_without_an_
     pictures = finished_job(tmp_path / "b", "rex.jpg,dog", columns="picture,prediction")
     found = found_in(tmp_path, finished_job(tmp_path / "a"), pictures)
     assert [result.test_accuracy for result in found] == [None, None]
-    assert leaderboard.verdict(leaderboard.table(found)) == "**No accuracy was measured to rank by.**"
+    rows = leaderboard.table(found)
+    assert leaderboard.verdict(rows) == "**No accuracy was measured to rank by.**"
+    assert leaderboard.text(rows).split() == ["checkpoint", "status", "a", "FINISHED", "b", "FINISHED"]
 
 
 @pytest.mark.parametrize(
