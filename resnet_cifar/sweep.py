@@ -90,21 +90,14 @@ def prepare(argv: Sequence[str], sweep: Sweep) -> list[str]:
             parts.check_targets(cfg)
     if settings.dry_run and not sweep.job_folders:
         raise ConfigError("sweep.dry_run=true: this hydra/sweeper makes its jobs up while it runs; leave dry_run out")
+    if not settings.dry_run:
+        _hold(sweep.folder)
     finished = {} if settings.rerun == "all" else sweep_store.finished_runs(sweep)
     plan = _plan(argv, sweep, finished)
     estimated = sweep_store.estimate(sweep, [job.action for job in plan.jobs]) if plan.jobs else ""
     if settings.dry_run:
         print(dry_run(plan, estimated))
         sys.exit(0)
-    sweep.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(sweep.folder / ".lock", thread_local=False)
-    while _running:
-        _running.pop().release()
-    try:
-        lock.acquire(timeout=0)
-        _running.append(lock)
-    except Timeout:
-        raise StorageError(f"This sweep is running already, in {sweep.folder}. Wait for it or stop it.") from None
     kept = {job.folder for job in plan.jobs if job.action != RUN}
     for folder in sorted(filter(_holds_a_run, sweep.folder.glob("*"))):
         if str(folder) not in kept:
@@ -115,6 +108,23 @@ def prepare(argv: Sequence[str], sweep: Sweep) -> list[str]:
         print(heading(plan, estimated), flush=True)
     place = _end_of_settings(argv)
     return [*argv[:place], f"hydra.sweep.dir={quoted(sweep.folder)}", *argv[place:]]
+
+
+def _hold(folder: Path) -> None:
+    """Keep the sweep's folder against other processes until this one ends, or starts another sweep.
+
+    Raises:
+        StorageError: another one has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    while _running:
+        _running.pop().release()
+    lock = FileLock(folder / ".lock", thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise StorageError(f"This sweep is running already, in {folder}. Wait for it or stop it.") from None
+    _running.append(lock)
 
 
 def _plan(argv: Sequence[str], sweep: Sweep, finished: dict[str, Path]) -> Plan:
