@@ -8,8 +8,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 from omegaconf import OmegaConf
 
+from resnet_cifar.lr_finder import RangeTest, suggest
 from resnet_cifar.sweep import SKIP, Plan, job_name, short_names, short_value, status
 from resnet_cifar.tables import append_csv, read_csv
 
@@ -20,7 +22,8 @@ SEED = "seed"
 class Result:
     """What became of a job; accuracy in %, loss as mean per image, seconds of training and evaluation, all of the last epoch.
 
-    A job that trained nothing has no history, loss and seconds; its accuracy is the one on the test images, if any.
+    A job that trained nothing has no history, loss and seconds; its accuracy is the one on the test images, if any. The learning
+    rate found is that of `task=find_lr`, whose only result it is.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Result:
     test_accuracy: float | None
     seconds: float | None
     history: list[dict[str, float]]
+    found_lr: float | None = None
 
 
 def results(plan: Plan) -> list[Result]:
@@ -62,7 +66,16 @@ def _result(name: str, values: dict[str, str], folder: Path, skipped: bool) -> R
         test_accuracy=test_accuracy,
         seconds=sum(row["epoch_seconds"] for row in history) if trained else None,
         history=history,
+        found_lr=_found_lr(folder) if finished and not history else None,
     )
+
+
+def _found_lr(folder: Path) -> float | None:
+    if not (folder / "lr_finder.csv").exists():
+        return None
+    rows, cfg = read_csv(folder / "lr_finder.csv"), OmegaConf.load(folder / "config.yaml")
+    lrs, losses = (np.array([row[key] for row in rows]) for key in ("lr", "loss"))
+    return suggest(RangeTest(lrs, losses), cfg.lr_finder.select)
 
 
 def _test_accuracy(folder: Path) -> float | None:
@@ -106,6 +119,7 @@ def table(found: Sequence[Result]) -> list[dict[str, Any]]:
         scores = [value for value in (score(result, metric) for result in group) if value is not None]
         losses = [result.loss for result in group if result.loss is not None and metric.startswith(result.evaluated_on)]
         seconds = [result.seconds for result in group if result.seconds is not None]
+        rates = [result.found_lr for result in group if result.found_lr is not None]
         words = [result.status for result in group]
         row: dict[str, Any] = {key: value for key, value in group[0].values.items() if key != SEED}
         row[metric] = round(mean(scores), 4) if scores else None
@@ -114,6 +128,7 @@ def table(found: Sequence[Result]) -> list[dict[str, Any]]:
             row["runs"] = len(scores)
         row[loss] = round(mean(losses), 6) if losses else None
         row["seconds"] = round(mean(seconds), 1) if seconds else None
+        row["found_lr"] = " to ".join(f"{lr:.6g}" for lr in sorted({min(rates), max(rates)})) if rates else None
         row["status"] = (
             words[0]
             if len(group) == 1
@@ -156,6 +171,7 @@ def rows_of_runs(found: Sequence[Result]) -> list[dict[str, Any]]:
             "last_epoch_loss": result.loss,
             "test/accuracy": result.test_accuracy,
             "seconds": result.seconds,
+            "found_lr": result.found_lr,
             "status": result.status,
             "error": result.error,
             "folder": result.folder,

@@ -114,7 +114,7 @@ def _download(run: str, uri: str, copy: Path) -> None:
     partial.mkdir(parents=True)
     try:
         for artifact in client.list_artifacts(run):
-            if artifact.path in ("history.csv", "config.yaml", "predictions.csv", "checkpoints"):
+            if artifact.path in ("history.csv", "config.yaml", "lr_finder.csv", "predictions.csv", "checkpoints"):
                 client.download_artifacts(run, artifact.path, str(partial))
     except Exception as error:
         log.warning("The files of run %s, which is finished, cannot be fetched: %s", run, reason(error))

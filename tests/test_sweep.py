@@ -344,6 +344,22 @@ def test_jobs_that_find_a_rate_or_explain_pictures_came_to_their_end_without_an_
     assert leaderboard.text(rows).split() == ["checkpoint", "status", "a", "FINISHED", "b", "FINISHED"]
 
 
+def test_the_rates_that_a_sweep_found_are_in_its_table(tmp_path):
+    jobs = []
+    for seed, losses in {"0": (3, 1, 2), "1": (3, 2, 1)}.items():
+        folder = Path(finished_job(tmp_path / seed))
+        (folder / "config.yaml").write_text("lr_finder: {select: min_loss}\n")
+        points = [
+            f"{place},{lr},{loss}" for place, (lr, loss) in enumerate(zip((0.01, 0.02, 0.04), losses, strict=True))
+        ]
+        (folder / "lr_finder.csv").write_text("\n".join(["iteration,lr,loss", *points]) + "\n")
+        jobs.append(sweep.Job(0, "", {"seed": seed}, "", sweep.RUN, str(folder), str(folder)))
+    found = leaderboard.results(sweep.Plan("id", str(tmp_path), ["-m"], source_hash(), jobs))
+    assert [row["found_lr"] for row in leaderboard.rows_of_runs(found)] == [0.02, 0.04]
+    assert leaderboard.text(leaderboard.table(found)).split("\n")[1] == "0.02 to 0.04  2 FINISHED"
+    assert [row["found_lr"] for row in leaderboard.table(found[:1])] == ["0.02"]
+
+
 @pytest.mark.parametrize(
     ("action", "expected"), [(sweep.SKIP, ("FINISHED", 100)), (sweep.RUN, ("UNFINISHED", None))], ids=["skip", "run"]
 )
