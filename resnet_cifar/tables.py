@@ -65,6 +65,8 @@ def append_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> bool:
             if not size:
                 writer.writeheader()
             writer.writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that is written next must not outlive the rows before it
     except OSError as error:
         log.warning("%s was not written (%s); the run goes on.", path.name, error.strerror)
         with contextlib.suppress(OSError):

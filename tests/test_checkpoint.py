@@ -16,6 +16,7 @@ import torch
 
 from resnet_cifar import checkpoint
 from resnet_cifar.errors import CheckpointError, StorageError
+from resnet_cifar.tables import append_csv
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -106,6 +107,18 @@ def test_it_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, lambda *a, call=call, name=name: (calls.append(name), call(*a))[1])
     checkpoint.save(state(), tmp_path)
     assert calls == ["fsync", "replace", "fsync"]  # the file, the name, the folder
+
+
+def test_so_are_the_rows_of_the_tables_before_it(tmp_path, monkeypatch):
+    on_disk, sync = [], os.fsync
+
+    def synced(descriptor):
+        sync(descriptor)
+        on_disk.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    assert append_csv(tmp_path / "history.csv", [{"epoch": 1, "lr": 0.1}])
+    assert on_disk == [(tmp_path / "history.csv").stat().st_size]
 
 
 # What is refused
