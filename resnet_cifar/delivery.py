@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import threading
 import time
@@ -20,8 +21,9 @@ log = logging.getLogger(__name__)
 Record = dict[str, Any]
 RETRY_SECONDS = 1.0
 LONGEST_RETRY_SECONDS = 60.0
-# A record the store will never take (MLflow's name for it), and a file that is gone: trying again would not help.
-REFUSED = "INVALID_PARAMETER_VALUE"
+# What the store will never take, by MLflow's names for it. It says the first of a run in its trash too, which can be restored.
+REFUSED, IN_THE_TRASH = "INVALID_PARAMETER_VALUE", "must be in the 'active' state"
+GONE, NO_RUN = "RESOURCE_DOES_NOT_EXIST", "Run with id="
 
 
 def reason(error: BaseException) -> str:
@@ -35,7 +37,8 @@ def reason(error: BaseException) -> str:
 class _Lines:
     """A file that grows by whole lines: after one cut short (a crash, a full disk) the next starts on its own line."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, survives_power_cuts: bool = False) -> None:
+        self._synced = survives_power_cuts
         self._torn = path.exists() and not path.read_bytes().endswith(b"\n")
         self._file = path.open("ab", buffering=0)
         self.close = self._file.close
@@ -46,6 +49,8 @@ class _Lines:
         if self._file.write(data) != len(data):
             raise OSError("no space left")
         self._torn = False
+        if self._synced:
+            os.fsync(self._file.fileno())
 
 
 class Journal:
@@ -64,7 +69,8 @@ class Journal:
             self._lock.acquire(timeout=0)
             self.records = list(read_records(self.path))
             self._sent = _read_sent(self._sent_path)
-            self._lines = _Lines(self.path)
+            # A checkpoint that is written next must not outlive the records before it.
+            self._lines = _Lines(self.path, survives_power_cuts=True)
             self._sent_lines = _Lines(self._sent_path)
         except Timeout:
             raise StorageError(f"Another process is working on the run in {folder}. Wait for it or stop it.") from None
@@ -154,8 +160,10 @@ def _read_sent(path: Path) -> set[int]:
 
 
 def is_refused(error: Exception) -> bool:
-    """Whether sending the same record again cannot succeed."""
-    return isinstance(error, FileNotFoundError) or getattr(error, "error_code", None) == REFUSED
+    """Whether sending the same record again cannot succeed: a value refused, a file gone, a run removed for good."""
+    code, text = getattr(error, "error_code", None), str(error)
+    refused = code == REFUSED and IN_THE_TRASH not in text
+    return refused or (code == GONE and NO_RUN in text) or isinstance(error, FileNotFoundError)
 
 
 class Lane(threading.Thread):
@@ -223,7 +231,9 @@ class Lane(threading.Thread):
             if not is_refused(error):
                 self._report_failure(error)
                 return False
-            log.warning("The %s refuses %s: %s", self._destination, record["kind"], reason(error))
+            if (refusal := reason(error)) not in self._reported:
+                log.warning("The %s refuses %s: %s", self._destination, record["kind"], refusal)
+            self._reported.add(refusal)
         else:
             self._report_success()
         self._journal.mark_sent(record)

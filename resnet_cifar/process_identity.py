@@ -8,6 +8,8 @@ from pathlib import Path
 
 from resnet_cifar.delivery import is_abandoned
 
+HIDDEN = "hidden"  # another user's process, where /proc is mounted with hidepid
+
 
 def identity(folder: Path) -> dict[str, str]:
     """The tags that name this process: host, boot, pid, when it started (clock ticks since boot), run folder.
@@ -38,7 +40,7 @@ def is_gone(tags: dict[str, str]) -> bool:
     if tags.get("process.host") != socket.gethostname():
         return False
     if _boot() and tags.get("process.boot") == _boot():
-        return _started(int(tags["process.pid"])) != tags["process.started"]
+        return _started(int(tags["process.pid"])) not in (tags["process.started"], HIDDEN)
     # Booted since, or another container: only the lock on the run's folder can tell.
     return "process.folder" in tags and is_abandoned(Path(tags["process.folder"]))
 
@@ -50,6 +52,16 @@ def is_alive(tags: dict[str, str]) -> bool:
         return False
     pid = int(tags["process.pid"])
     return pid != os.getpid() and _started(pid) == tags["process.started"]
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _boot() -> str:
@@ -65,5 +77,5 @@ def _started(pid: int) -> str:
         # The name in parentheses may hold spaces; the state follows it, the start time is field 22 of the line.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return ""
+        return HIDDEN if _exists(pid) else ""
     return "" if fields[0] in "ZX" else fields[19]

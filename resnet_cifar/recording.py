@@ -163,11 +163,11 @@ def _end(folder: Path, tracked_run: Run, status: str, note: str | None) -> None:
         for path in sorted(folder.glob(pattern)):
             parent = path.parent.relative_to(folder).as_posix()
             tracked_run.log_file(path, None if parent == "." else parent)
-    tracked_run.finish(status, note)
     try:
         write_whole(folder / STATUS, f"{status}\n" + (f"{note}\n" if note else ""))
     except OSError as error:
         log.warning("%s cannot be written: %s", folder / STATUS, error)
+    tracked_run.finish(status, note)  # last: Ctrl-C may end its wait for the store
 
 
 def find_run(reference: str, outputs: Path, key: str) -> Path:

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from resnet_cifar.delivery import Journal, is_refused, reason
+from resnet_cifar.delivery import Journal, Record, is_refused, reason
 from resnet_cifar.errors import StorageError
 from resnet_cifar.tracking import Store
 
@@ -24,23 +24,26 @@ def sync_all(output_dir: Path) -> int:
             log.info("Left alone: %s", error)
             continue
         before = len(journal.pending())
+        refused: list[Record] = []
         try:
             if before:
-                _send_pending(journal)
+                _send_pending(journal, refused)
         except Exception as error:
             log.warning("%s: %s", path.parent, reason(error))
         finally:
             journal.close()
         after = len(journal.pending())
-        delivered, left = delivered + before - after, left + after
+        sent = before - after - len(refused)
+        delivered, left = delivered + sent, left + after
         if before:
-            log.info("%s: %d records sent, %d left", path.parent, before - after, after)
+            said = f", {len(refused)} refused for good" if refused else ""
+            log.info("%s: %d records sent%s, %d left", path.parent, sent, said, after)
     if left:
         raise StorageError(f"{left} tracking records could not be sent; the lines above say why.\nTry again later.")
     return delivered
 
 
-def _send_pending(journal: Journal) -> None:
+def _send_pending(journal: Journal, refused: list[Record]) -> None:
     known = next(record for record in reversed(journal.records) if record["kind"] == "start")
     store = Store(known["uri"], create=False)
     for record in journal.pending():
@@ -48,6 +51,7 @@ def _send_pending(journal: Journal) -> None:
             store.deliver(record, journal.folder)
         except Exception as error:
             if is_refused(error):
+                refused.append(record)
                 log.warning("%s: %s is refused (%s)", journal.folder, record["kind"], reason(error))
             elif record["kind"] in ("file", "model"):
                 log.warning("%s: %s", journal.folder, reason(error))

@@ -31,6 +31,7 @@ SUMMARY = "run.json"  # in a run's folder
 NOTE = "mlflow.note.content"
 POINTS_PER_RECORD = 1000  # MLflow's limits for one request
 VALUES_PER_RECORD = 100
+QUIET_SECONDS = 3.0
 FLUSH_SECONDS = 10.0
 UPLOAD_SECONDS = 60.0
 
@@ -169,19 +170,28 @@ class TrackedRun(Run):
         self._finished = True
         super().finish(status, note)
         end = self._journal.append(self.run_id, "finish", status=status, note=without_passwords(note) if note else None)
-        if self._records.drain(FLUSH_SECONDS):
+        try:
+            if self._records.drain(FLUSH_SECONDS):
+                try:
+                    self._wait_for_files()
+                finally:  # Ctrl-C ends the wait alone
+                    self._records.put(end)
+                    self._records.drain(FLUSH_SECONDS)
+        finally:
+            self._records.stop()
+            self._files.stop()
+            if left := len(self._journal.pending()):
+                log.warning(
+                    "%d tracking records of this run are not delivered. They are kept in %s; send them later: "
+                    "python run.py task=sync",
+                    *(left, self._journal.path),
+                )
+            self._journal.close()
+
+    def _wait_for_files(self) -> None:
+        if not self._files.drain(QUIET_SECONDS):
+            log.info("Sending the last files to the artifact store; Ctrl-C leaves them to task=sync.")
             self._files.drain(FLUSH_SECONDS if self._files.failing else UPLOAD_SECONDS)
-            self._records.put(end)
-            self._records.drain(FLUSH_SECONDS)
-        self._records.stop()
-        self._files.stop()
-        if left := len(self._journal.pending()):
-            log.warning(
-                "%d tracking records of this run are not delivered. They are kept in %s; send them later: "
-                "python run.py task=sync",
-                *(left, self._journal.path),
-            )
-        self._journal.close()
 
     def _send_values(self, kind: str, values: Mapping[str, Any]) -> None:
         plain = list(as_texts(values).items())

@@ -24,7 +24,7 @@ from filelock import FileLock
 from resnet_cifar.artifact_files import artifact_location, link_or_copy, local_folder
 from resnet_cifar.delivery import Journal, Record, has_unsent_end
 from resnet_cifar.errors import CheckpointError, ConfigError, StorageError
-from resnet_cifar.passwords import has_password
+from resnet_cifar.passwords import has_password, without_passwords
 from resnet_cifar.process_identity import identity, is_alive, is_gone, origin
 from resnet_cifar.store_errors import user_errors, within
 from resnet_cifar.tracked_run import NOTE, TrackedRun, as_texts, run_page
@@ -76,7 +76,8 @@ def start(
             experiment_id = store.experiment_id(experiment, artifacts)
             store.mark_dead_runs(experiment_id)
             if run_id is None:
-                run_id = store.client.create_run(experiment_id, tags=values, run_name=run_name).info.run_id
+                name = without_passwords(run_name) if run_name else None
+                run_id = store.client.create_run(experiment_id, tags=values, run_name=name).info.run_id
             else:
                 experiment_id = store.continue_run(run_id, values)
     except BaseException:
@@ -108,7 +109,7 @@ class Store:
         self._is_server = urlsplit(uri).scheme in ("http", "https")
         self._database = _sqlite_path(uri)
         # Absolute, so that another working directory finds the same database.
-        self.uri = f"sqlite:///{self._database}" if self._database else uri
+        self.uri = f"sqlite:///{self._database}{''.join(uri.partition('?')[1:])}" if self._database else uri
         if self._database and not create and not self._database.exists():
             raise StorageError(f"The database {self._database} is not there any more.")
 
@@ -155,6 +156,11 @@ class Store:
                 f"The experiment {name} was deleted. Choose another tracking.experiment, or restore it:\n"
                 f"MLFLOW_TRACKING_URI={self.uri} mlflow experiments restore -x {found.experiment_id}"
             )
+        if not self._is_server and found.artifact_location.startswith("mlflow-artifacts:"):
+            raise StorageError(
+                f"The experiment {name} was made by an MLflow server, the UI's, which keeps its files: give that server as\n"
+                "tracking.uri=http://..., or another tracking.experiment, which is made with a place for files."
+            )
         if location and found.artifact_location != location:
             log.warning("The experiment %s keeps its files in %s, as when it was made.", name, found.artifact_location)
         return found.experiment_id
@@ -171,14 +177,15 @@ class Store:
             raise CheckpointError(f"The run {run_id} is not in {self.uri}. Check resume and tracking.uri.") from None
         if run.info.lifecycle_stage != "active":
             raise CheckpointError(
-                f"The run {run_id} was deleted. Restore it first: mlflow runs restore --run-id {run_id}"
+                f"The run {run_id} was deleted. Restore it first:\n"
+                f"MLFLOW_TRACKING_URI={self.uri} mlflow runs restore --run-id {run_id}"
             )
         if run.info.status == "RUNNING" and is_alive(run.data.tags):
             raise StorageError(
                 f"The run {run_id} is still going, as process {run.data.tags['process.pid']}. Wait for it or stop it."
             )
         # The tags first: a RUNNING run with the tags of a dead process would be marked KILLED.
-        self.client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()])
+        self.client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()], synchronous=True)
         self.client.update_run(run_id, status="RUNNING")
         return run.info.experiment_id
 
@@ -206,28 +213,32 @@ class Store:
         if run.info.status != "RUNNING":
             return
         said = f"The process ended without a word. Continue it: `python run.py resume={_resumable(run)}`"
-        self.client.set_tag(run.info.run_id, NOTE, f"{run.data.tags.get(NOTE, '')}\n\n{said}".strip())
+        note = f"{run.data.tags.get(NOTE, '')}\n\n{said}".strip()
+        self.client.set_tag(run.info.run_id, NOTE, note, synchronous=True)
         self.client.set_terminated(run.info.run_id, "KILLED")
 
     def deliver(self, record: Record, folder: Path) -> None:
-        """Sends one journal record; paths in it are relative to `folder`. Raises whatever fails."""
+        """Sends one journal record, which has arrived when this returns; paths in it are relative to `folder`.
+
+        Raises whatever fails.
+        """
         from mlflow.entities import Metric, Param, RunTag
 
         run_id, kind = record["run"], record["kind"]
         if kind == "metrics":
             points = [Metric(key, float(value), record["time"], step) for key, value, step in record["points"]]
-            self.client.log_batch(run_id, metrics=points)
+            self.client.log_batch(run_id, metrics=points, synchronous=True)
         elif kind == "params":
-            self.client.log_batch(run_id, params=[Param(*item) for item in record["values"].items()])
+            self.client.log_batch(run_id, params=[Param(*item) for item in record["values"].items()], synchronous=True)
         elif kind == "tags":
-            self.client.log_batch(run_id, tags=[RunTag(*item) for item in record["values"].items()])
+            self.client.log_batch(run_id, tags=[RunTag(*item) for item in record["values"].items()], synchronous=True)
         elif kind == "file":
             self._send_file(run_id, folder / record["path"], record["artifact_path"])
         elif kind == "model":
             self._send_model(run_id, folder / record["path"], record["name"])
         else:
             if record["note"]:
-                self.client.set_tag(run_id, NOTE, record["note"])
+                self.client.set_tag(run_id, NOTE, record["note"], synchronous=True)
             self.client.set_terminated(run_id, record["status"], end_time=record["time"])
 
     def _send_file(self, run_id: str, path: Path, artifact_path: str) -> None:
@@ -318,4 +329,4 @@ def _sqlite_path(uri: str) -> Path | None:
             f"tracking.uri={uri} is not the address of a database or a server.\n"
             "Give sqlite:////absolute/path/mlflow.db or http://server:5000, or choose tracking=none."
         )
-    return Path(rest[1:]).absolute() if scheme == "sqlite" else None
+    return Path(rest[1:].partition("?")[0]).absolute() if scheme == "sqlite" else None

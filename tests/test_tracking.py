@@ -162,10 +162,75 @@ def test_a_refused_record_is_a_warning_and_holds_nothing_back(database, client, 
     assert sync_all(tmp_path) == 0
 
 
+def test_what_a_run_in_the_trash_misses_is_sent_when_it_is_restored(database, client, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tracked_run, "FLUSH_SECONDS", 0.5)
+    run = start(database, tmp_path / "run")
+    run.log_metrics({"loss": 1.0}, step=1)
+    assert run._records.drain(60)
+    client.delete_run(run.run_id)
+    run.log_metrics({"loss": 2.0}, step=2)
+    run.finish("FINISHED")
+    assert "Current state is deleted" in caplog.text and "2 tracking records of this run are not" in caplog.text
+    with pytest.raises(StorageError, match="2 tracking records could not be sent"):
+        sync_all(tmp_path)
+    client.restore_run(run.run_id)
+    start(database, tmp_path / "next").finish("FINISHED")  # finds it RUNNING, and does not call it KILLED
+    assert sync_all(tmp_path) == 2
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    assert history(client, run.run_id, "loss") == [(1, 1.0), (2, 2.0)]
+
+
+def test_what_a_run_that_was_removed_for_good_misses_is_given_up(database, client, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tracked_run, "FLUSH_SECONDS", 0.5)
+    run = start(database, tmp_path / "run")
+    assert run._records.drain(60)
+    client.delete_run(run.run_id)
+    run.finish("FINISHED")
+    client._tracking_client.store._hard_delete_run(run.run_id)  # as `mlflow gc`
+    caplog.set_level(logging.INFO)
+    assert sync_all(tmp_path) == 0
+    assert "0 records sent, 1 refused for good, 0 left" in caplog.text and f"{run.run_id} not found" in caplog.text
+
+
+def test_a_record_counts_as_sent_when_it_has_arrived(database, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
+    monkeypatch.setattr(tracked_run, "FLUSH_SECONDS", 0.5)
+    run = start(database, tmp_path / "run")
+    assert run._records.drain(60)
+    with sqlite3.connect(database) as connection:
+        connection.execute("ALTER TABLE metrics RENAME TO unusable")
+    run.log_metrics({"loss": 1.0}, step=1)
+    run.finish("FINISHED")
+    with sqlite3.connect(database) as connection:
+        connection.execute("ALTER TABLE unusable RENAME TO metrics")
+    assert sync_all(tmp_path) == 2
+
+
+def test_an_interrupt_while_files_are_sent_ends_the_wait_and_not_the_run_half_way(
+    database, client, tmp_path, patient, monkeypatch
+):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    run = start(database, tmp_path / "run")
+    monkeypatch.setattr(run, "_wait_for_files", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.finish("FINISHED")
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    assert delivery.is_abandoned(tmp_path / "run")
+
+
+def test_an_experiment_that_a_server_keeps_the_files_of_is_an_error(database, client, tmp_path):
+    client.create_experiment("e", artifact_location="mlflow-artifacts:/2")
+    with pytest.raises(StorageError, match="was made by an MLflow server"):
+        start(database, tmp_path / "run")
+
+
 def test_passwords_do_not_reach_the_store(database, client, tmp_path, patient):
-    run = start(database, tmp_path / "run", tags={"overrides": "tracking.uri=http://me:hidden@host"})
-    run.finish("FAILED", note="no answer from http://me:hidden@host")
-    assert "hidden" not in str(client.get_run(run.run_id).data.tags)
+    with_password = "http://me:hidden@host"
+    run = start(database, tmp_path / "run", run_name=with_password, tags={"overrides": f"tracking.uri={with_password}"})
+    run.finish("FAILED", note=f"no answer from {with_password}")
+    assert "hidden" not in str(client.get_run(run.run_id).to_dictionary())
     assert "hidden" not in (tmp_path / "run" / "tracking.jsonl").read_text()
 
 
@@ -179,6 +244,9 @@ def test_an_address_with_a_password_or_without_a_store_is_refused(tmp_path):
 def test_a_relative_database_becomes_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert tracking.Store("sqlite:///mlflow.db").uri == f"sqlite:///{tmp_path}/mlflow.db"
+    with_options = tracking.Store("sqlite:///mlflow.db?timeout=3")
+    assert with_options.uri == f"sqlite:///{tmp_path}/mlflow.db?timeout=3"
+    assert with_options._database == tmp_path / "mlflow.db"
 
 
 def test_links_open_the_run():
@@ -379,6 +447,20 @@ def test_after_a_reboot_the_lock_on_the_folder_tells(tmp_path):
     assert not is_gone(tags)
     journal.close()
     assert is_gone(tags)
+
+
+def test_a_process_that_the_system_hides_is_not_gone(tmp_path, monkeypatch):
+    tags = {**identity(tmp_path), "process.pid": str(os.getppid())}
+    assert is_gone(tags)
+    read = Path.read_text
+
+    def hidden(path, *arguments, **keywords):
+        if path.name == "stat":
+            raise FileNotFoundError(path)
+        return read(path, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "read_text", hidden)  # /proc mounted with hidepid=2
+    assert not is_gone(tags) and not is_alive(tags)
 
 
 def test_a_reused_pid_is_another_process(tmp_path):
