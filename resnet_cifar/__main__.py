@@ -1,7 +1,6 @@
 """The command line: check what was asked for, let Hydra start it, end with the exit code that says how it went."""
 
 import gc
-import logging
 import os
 import re
 import sys
@@ -18,15 +17,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from resnet_cifar import sweep, sweep_worker
 from resnet_cifar.compose import CONF, VERSION_BASE, Composition, compose, parse_arguments
-from resnet_cifar.console import nobody_reads, say
+from resnet_cifar.console import log_failure, nobody_reads, say, short
 from resnet_cifar.errors import ConfigError, StorageError, UserError
-from resnet_cifar.passwords import without_passwords
 
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143  # the shell's: 128 and the number of the signal
 TRACEBACK = "RESNET_CIFAR_TRACEBACK"  # what HYDRA_FULL_ERROR was when the process started
-
-# Its records go to run.log only (conf/hydra/job_logging): the terminal has the short message already.
-log = logging.getLogger("resnet_cifar.failure")
 
 
 def main() -> None:
@@ -128,9 +123,10 @@ def job(cfg: DictConfig) -> float | None:
 def fail(cfg: DictConfig, error: BaseException, exit_code: int) -> None:
     """Write into run.log and onto stderr why the running job failed; then exit, or in a sweep let the others go on."""
     settings = HydraConfig.get()
-    expected = isinstance(error, UserError | SystemExit)
-    log.error(short(error) if expected else without_passwords("".join(traceback.format_exception(error))))
-    message = short(error) if expected else f"{short(error)}\nthe traceback is in {settings.runtime.output_dir}/run.log"
+    log_failure(error)
+    message = short(error)
+    if not isinstance(error, UserError | SystemExit):
+        message += f"\nthe traceback is in {settings.runtime.output_dir}/run.log"
     if settings.mode != RunMode.MULTIRUN:
         end(error, exit_code, message)
     say(f"job {settings.job.num} failed: {message}", sys.stderr)
@@ -143,16 +139,6 @@ def end(error: BaseException, exit_code: int, message: str = "") -> None:
         traceback.print_exception(error)
     say(message or short(error), sys.stderr)
     sys.exit(exit_code)
-
-
-def short(error: BaseException) -> str:
-    """The message of an error in at most three lines, without passwords; of one that nobody foresaw also its type."""
-    lines = str(error).strip().splitlines()
-    if isinstance(error, SystemExit):
-        lines = [f"the run ended with exit code {error}"]
-    if not isinstance(error, UserError | SystemExit | KeyboardInterrupt | OSError | HydraException):
-        lines = [f"{type(error).__name__}: {' '.join(lines[:1])}"]
-    return without_passwords("\n".join(lines[:3]))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,16 @@
 import logging
 import os
 import sys
+import traceback
 from typing import TextIO
+
+from hydra.errors import HydraException
+
+from resnet_cifar.errors import UserError
+from resnet_cifar.passwords import without_passwords
+
+# Its records go to run.log only (conf/hydra/job_logging): the terminal has the short message.
+failures = logging.getLogger("resnet_cifar.failure")
 
 
 def nobody_reads(stream: TextIO | None = None) -> None:
@@ -17,6 +26,25 @@ def say(text: str, stream: TextIO | None = None) -> None:
         print(text, file=stream, flush=True)
     except BrokenPipeError:
         nobody_reads(stream)
+
+
+def short(error: BaseException) -> str:
+    """The message of an error in at most three lines, without passwords; of one that nobody foresaw also its type."""
+    lines = str(error).strip().splitlines()
+    if isinstance(error, SystemExit):
+        lines = [f"the run ended with exit code {error}"]
+    if not isinstance(error, UserError | SystemExit | KeyboardInterrupt | OSError | HydraException):
+        lines = [f"{type(error).__name__}: {' '.join(lines[:1])}"]
+    return without_passwords("\n".join(lines[:3]))
+
+
+def log_failure(error: BaseException) -> None:
+    """Write into run.log, once, why the running job failed: the message, or the traceback where nobody foresaw it."""
+    if getattr(error, "is_in_run_log", False):
+        return
+    expected = isinstance(error, UserError | SystemExit)
+    failures.error(short(error) if expected else without_passwords("".join(traceback.format_exception(error))))
+    error.is_in_run_log = True  # type: ignore[attr-defined]
 
 
 class ConsoleHandler(logging.StreamHandler):

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from resnet_cifar import schema, tracking
 from resnet_cifar.artifact_files import write_whole
 from resnet_cifar.checkpoint import LAST
+from resnet_cifar.console import log_failure
 from resnet_cifar.delivery import read_records
 from resnet_cifar.environment import without_environment
 from resnet_cifar.errors import CheckpointError, StorageError
@@ -91,6 +92,8 @@ def recorded(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, s
             )
             status = "KILLED" if stopped else "FAILED"
             hint = f"Stopped. Continue it: `python run.py resume={shlex.quote(str(folder))}`"
+            if not stopped:
+                log_failure(error)  # before run.log is sent
             _end(folder, tracked_run, status, hint if stopped else failure(error))
             if isinstance(error, KeyboardInterrupt | SystemExit) and stopped:
                 log.warning("Stopped. Go on with it:\n  python run.py %s", setting("resume", folder))

@@ -242,13 +242,16 @@ failing_figures = {"figures": no_figures, "grad_cam": no_grad_cam}
 
 
 def fails_with_a_token() -> None:
-    """Training fails with a message that holds the environment's HUB_TOKEN."""
+    """Training fails with a message that holds the environment's HUB_TOKEN, and no file has hard links, as with a server."""
     from resnet_cifar import experiment
+
+    def link(*_: object) -> None:
+        raise OSError("no links here")
 
     def begin(*_: object, **__: object) -> None:
         raise RuntimeError(f"GET https://hub/weights?x={os.environ['HUB_TOKEN']} failed")
 
-    experiment.begin = begin
+    experiment.begin, os.link = begin, link
 
 
 def terminated_at_grad_cam() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from resnet_cifar import __main__, compose, experiment, sweep_summary
+from resnet_cifar import __main__, compose, console, experiment, sweep_summary
 from resnet_cifar.errors import DataError, DivergedError, StorageError
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +40,7 @@ def command(monkeypatch, capsys, tmp_path):
         return code, *capsys.readouterr()
 
     yield run
-    for handler in [*logging.getLogger(__main__.log.name).handlers, *set(root.handlers) - set(handlers)]:
+    for handler in [*console.failures.handlers, *set(root.handlers) - set(handlers)]:
         handler.close()
     root.handlers[:] = handlers
     root.setLevel(level)

@@ -332,7 +332,9 @@ def test_no_secret_of_an_error_is_in_anything_a_run_writes(start):
     written = [path for path in run.outputs.rglob("*") if path.is_file()]
     assert {"status.txt", "run.log", "mlflow.db"} <= {path.name for path in written}
     assert [path for path in written if CANARY.encode() in path.read_bytes()] == []
-    assert "Traceback" in (run.folder / "run.log").read_text() and CANARY not in run.output
+    assert CANARY not in run.output
+    for folder in (run.folder, run.outputs / "artifacts" / run.tracked.info.run_id / "artifacts"):
+        assert (folder / "run.log").read_text().count("Traceback") == 1
 
 
 def test_nothing_is_written_outside_the_output_folder(trained):
