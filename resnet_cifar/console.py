@@ -2,12 +2,16 @@
 
 import logging
 import os
+import re
+import shlex
 import sys
 import traceback
+from pathlib import Path
 from typing import TextIO
 
 from hydra.errors import HydraException
 
+from resnet_cifar.compose import quoted
 from resnet_cifar.errors import UserError
 from resnet_cifar.passwords import without_passwords
 
@@ -45,6 +49,18 @@ def log_failure(error: BaseException) -> None:
     expected = isinstance(error, UserError | SystemExit)
     failures.error(short(error) if expected else without_passwords("".join(traceback.format_exception(error))))
     error.is_in_run_log = True  # type: ignore[attr-defined]
+
+
+def shown(path: Path) -> Path:
+    """The path from the working directory, where it lies in there."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def setting(key: str, path: Path) -> str:
+    """`key=path` as it is typed: quoted for the shell, and for Hydra where it would not take the path as it is."""
+    value = str(shown(path))
+    plain = key == "resume" or re.fullmatch(r"[\w /.:+@%-]*", value, re.ASCII)
+    return shlex.quote(f"{key}={value if plain else quoted(value)}")
 
 
 class ConsoleHandler(logging.StreamHandler):

@@ -57,8 +57,8 @@ def asked_for(cfg: DictConfig) -> tuple[DictConfig, Invocation]:
     overrides = tuple(OmegaConf.to_container(hydra.overrides.task, resolve=False))
     # Ray starts a job anew whose process was killed: what the sweep planned to run has been on its way by then.
     if cfg.resume is not None or (job is not None and sweep.is_stopped(folder, cfg)):
-        typed = any(override.startswith("data.root=") for override in overrides)
-        cfg, invocation = resume.saved_run(folder, cfg.data.root if typed else None)
+        root, uri = (cfg.data.root if _typed("data.root", overrides) else None), _typed_uri(cfg, overrides)
+        cfg, invocation = resume.saved_run(folder, root, uri)
     else:
         invocation = Invocation(folder, overrides, dict(hydra.runtime.choices))
     return cfg, dataclasses.replace(
@@ -70,6 +70,14 @@ def asked_for(cfg: DictConfig) -> tuple[DictConfig, Invocation]:
         if invocation.recorded
         else {"config_hash": config_hash(cfg), "source_hash": source_hash(), **sweep.tags()},
     )
+
+
+def _typed(key: str, overrides: tuple[str, ...]) -> bool:
+    return any(override.startswith(f"{key}=") for override in overrides)
+
+
+def _typed_uri(cfg: DictConfig, overrides: tuple[str, ...]) -> str | None:
+    return cfg.tracking.uri if _typed("tracking.uri", overrides) else None
 
 
 def train(cfg: DictConfig, invocation: Invocation) -> float:
@@ -189,9 +197,9 @@ def progress_display(training: Training, train_images: Images, evaluated_on: str
     return ProgressDisplay(training.epochs, len(train_images), training.batch_size, evaluated_on, costs)
 
 
-def sync(cfg: DictConfig, _invocation: Invocation) -> None:
-    """Send what earlier runs under `output_dir` could not."""
-    log.info("%d records sent.", sync_all(Path(cfg.output_dir)))
+def sync(cfg: DictConfig, invocation: Invocation) -> None:
+    """Send what earlier runs under `output_dir` could not: to where they are tracked, or to a `tracking.uri` that is given."""
+    log.info("%d records sent.", sync_all(Path(cfg.output_dir), _typed_uri(cfg, invocation.overrides)))
 
 
 def follow(

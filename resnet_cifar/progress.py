@@ -4,8 +4,6 @@ What it shows has room in 80 columns, unless a path is longer.
 """
 
 import logging
-import re
-import shlex
 import sys
 import time
 import warnings
@@ -17,8 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from resnet_cifar.compose import quoted
-from resnet_cifar.console import nobody_reads
+from resnet_cifar.console import nobody_reads, setting, shown
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord
 from resnet_cifar.tracked_run import Run, TrackedRun, run_page
 
@@ -138,18 +135,6 @@ def where_to_look(task: str, folder: Path, tracked_run: Run) -> str:
         lines.append("next     python run.py task=explain explain.images=<folder of pictures> \\")
         lines.append(f"           {setting('checkpoint', folder)}")
     return "\n".join(lines)
-
-
-def shown(path: Path) -> Path:
-    """The path from the working directory, where it lies in there."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def setting(key: str, path: Path) -> str:
-    """`key=path` as it is typed: quoted for the shell, and for Hydra where it would not take the path as it is."""
-    value = str(shown(path))
-    plain = key == "resume" or re.fullmatch(r"[\w /.:+@%-]*", value, re.ASCII)
-    return shlex.quote(f"{key}={value if plain else quoted(value)}")
 
 
 def shown_uri(text: str) -> str:

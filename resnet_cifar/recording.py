@@ -15,13 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from resnet_cifar import schema, tracking
 from resnet_cifar.artifact_files import write_whole
 from resnet_cifar.checkpoint import LAST
-from resnet_cifar.console import log_failure
+from resnet_cifar.console import log_failure, setting, shown
 from resnet_cifar.delivery import read_records
 from resnet_cifar.environment import without_environment
 from resnet_cifar.errors import CheckpointError, StorageError
 from resnet_cifar.loop import EpochRecord
 from resnet_cifar.passwords import without_passwords
-from resnet_cifar.progress import setting, shown, where_to_look
+from resnet_cifar.progress import where_to_look
 from resnet_cifar.signals import exit_on_sigterm, ignored
 from resnet_cifar.sweep import STATUS
 from resnet_cifar.tables import read_csv

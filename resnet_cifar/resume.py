@@ -11,24 +11,27 @@ from yaml import YAMLError
 
 from resnet_cifar import schema
 from resnet_cifar.compose import HYDRA_FILE, outputs, quoted
+from resnet_cifar.delivery import read_records
 from resnet_cifar.errors import CheckpointError, ConfigError
 from resnet_cifar.loop import Progress, Training
 from resnet_cifar.recording import Invocation, find_run, run_id
 from resnet_cifar.sweep import status
 from resnet_cifar.tracked_run import SUMMARY
 
+MOVABLE = ("data.root=", "tracking.uri=")
+
 
 def command_line(argv: list[str]) -> list[str] | None:
     """The command line that continues the run `resume=...` names, in its folder; None when that run is finished.
 
-    Beside it only `data.root=...` is taken: the images may have moved.
+    Beside it only `data.root=...` and `tracking.uri=...` are taken: the images or the server may have moved.
 
     Raises:
         ConfigError: something else is given beside it, which would change what is continued.
         CheckpointError: there is no such run.
     """
     given = next(argument for argument in argv if argument.lstrip("+").startswith("resume="))
-    moved = [argument for argument in argv if argument.startswith("data.root=")]
+    moved = [argument for argument in argv if argument.startswith(MOVABLE)]
     beside = [argument for argument in argv if argument not in (given, *moved)]
     if beside:
         raise ConfigError(f"A run is resumed with its own configuration: leave out {' '.join(beside)}")
@@ -42,10 +45,11 @@ def command_line(argv: list[str]) -> list[str] | None:
     return [f"resume={quoted(folder)}", *moved, f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
 
 
-def saved_run(folder: Path, root: str | None = None) -> tuple[DictConfig, Invocation]:
+def saved_run(folder: Path, root: str | None = None, uri: str | None = None) -> tuple[DictConfig, Invocation]:
     """The configuration a run started with, checked as if it were given now, and how it was asked for.
 
-    `root` is where its images are now, if that has been said.
+    `root` is where its images are now, `uri` where its tracking store is, if that has been said. Otherwise the store is the one
+    that it was last in: the address in the configuration may be one from the working directory of that time.
 
     Raises:
         CheckpointError: one of its files cannot be read, or its values are no longer allowed.
@@ -54,6 +58,9 @@ def saved_run(folder: Path, root: str | None = None) -> tuple[DictConfig, Invoca
         cfg = OmegaConf.load(folder / "config.yaml")
         if root is not None and "root" in cfg.data.dataset:
             cfg.data.root = cfg.data.dataset.root = root
+        starts = [record for record in read_records(folder / "tracking.jsonl") if record["kind"] == "start"]
+        if uri is not None or starts:
+            cfg.tracking.uri = uri or starts[-1]["uri"]
         schema.check(cfg)
         hydra = OmegaConf.load(folder / HYDRA_FILE).hydra
     except (ConfigError, OmegaConfBaseException, YAMLError, AttributeError) as error:

@@ -14,12 +14,11 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from resnet_cifar import checkpoint, explain, leaderboard, parts, sweep_figures, sweep_store
-from resnet_cifar.console import say
+from resnet_cifar.console import say, shown
 from resnet_cifar.delivery import reason
 from resnet_cifar.errors import StorageError
 from resnet_cifar.evaluation import restore_parts
 from resnet_cifar.leaderboard import SEED, Result, score
-from resnet_cifar.progress import shown
 from resnet_cifar.report import save_figure
 from resnet_cifar.sweep import Plan, job_name, load_plan, short_names
 

@@ -10,9 +10,10 @@ from resnet_cifar.tracking import Store
 log = logging.getLogger(__name__)
 
 
-def sync_all(output_dir: Path) -> int:
+def sync_all(output_dir: Path, uri: str | None = None) -> int:
     """Sends the undelivered records of all runs under `output_dir` and returns their number.
 
+    `uri` is where their tracking store is now, if it has moved.
     Runs that are still going are left alone. Raises StorageError when something could not be sent; sending again
     repeats nothing.
     """
@@ -27,7 +28,7 @@ def sync_all(output_dir: Path) -> int:
         refused: list[Record] = []
         try:
             if before:
-                _send_pending(journal, refused)
+                _send_pending(journal, refused, uri)
         except Exception as error:
             log.warning("%s: %s", path.parent, reason(error))
         finally:
@@ -43,9 +44,9 @@ def sync_all(output_dir: Path) -> int:
     return delivered
 
 
-def _send_pending(journal: Journal, refused: list[Record]) -> None:
+def _send_pending(journal: Journal, refused: list[Record], uri: str | None) -> None:
     known = next(record for record in reversed(journal.records) if record["kind"] == "start")
-    store = Store(known["uri"], create=False)
+    store = Store(uri or known["uri"], create=False)
     for record in journal.pending():
         try:
             store.deliver(record, journal.folder)

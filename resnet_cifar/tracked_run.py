@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resnet_cifar.artifact_files import write_whole
+from resnet_cifar.compose import outputs
+from resnet_cifar.console import setting
 from resnet_cifar.delivery import Journal, Lane, Record, reason
 from resnet_cifar.passwords import without_passwords
 
@@ -34,6 +36,14 @@ VALUES_PER_RECORD = 100
 QUIET_SECONDS = 3.0
 FLUSH_SECONDS = 10.0
 UPLOAD_SECONDS = 60.0
+
+
+def sync_command(folder: Path) -> str:
+    """What sends later what the run in `folder` could not."""
+    above = [parent.parent for parent in folder.absolute().parents if parent.name in ("runs", "sweeps")]
+    output_dir = above[0] if above else folder.absolute()
+    given = "" if output_dir == Path(outputs()) else " " + setting("output_dir", output_dir)
+    return f"python run.py task=sync{given}"
 
 
 class Run:
@@ -182,9 +192,8 @@ class TrackedRun(Run):
             self._files.stop()
             if left := len(self._journal.pending()):
                 log.warning(
-                    "%d tracking records of this run are not delivered. They are kept in %s; send them later: "
-                    "python run.py task=sync",
-                    *(left, self._journal.path),
+                    "%d tracking records of this run are not delivered. They are kept in %s; send them later: %s",
+                    *(left, self._journal.path, sync_command(self._journal.folder)),
                 )
             self._journal.close()
 

@@ -27,7 +27,7 @@ from resnet_cifar.errors import CheckpointError, ConfigError, StorageError
 from resnet_cifar.passwords import has_password, without_passwords
 from resnet_cifar.process_identity import identity, is_alive, is_gone, origin
 from resnet_cifar.store_errors import user_errors, within
-from resnet_cifar.tracked_run import NOTE, TrackedRun, as_texts, run_page
+from resnet_cifar.tracked_run import NOTE, TrackedRun, as_texts, run_page, sync_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -198,8 +198,8 @@ class Store:
             folder = run.data.tags.get("process.folder", "/nowhere")
             if has_unsent_end(Path(folder), run.info.run_id):
                 log.warning(
-                    "The end of run %s in %s has not arrived yet. Send it: python run.py task=sync, with that run's output_dir",
-                    *(run.info.run_name, folder),
+                    "The end of run %s in %s has not arrived yet. Send it: %s",
+                    *(run.info.run_name, folder, sync_command(Path(folder))),
                 )
             else:
                 self.mark_killed(run)

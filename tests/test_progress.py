@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from resnet_cifar.console import setting, shown
 from resnet_cifar.delivery import Journal
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord
-from resnet_cifar.progress import ProgressDisplay, setting, shown, where_to_look
+from resnet_cifar.progress import ProgressDisplay, where_to_look
 from resnet_cifar.tracked_run import Run, TrackedRun
 from resnet_cifar.tracking import Store
 

@@ -298,15 +298,20 @@ def test_a_run_whose_configuration_is_damaged_cannot_go_on(tmp_path, text):
         resume.saved_run(tmp_path)
 
 
-def test_an_interrupted_run_goes_on_where_its_images_are_now(tmp_path):
+def test_an_interrupted_run_goes_on_where_its_images_and_its_store_are_now(tmp_path):
     [(cfg, _)] = compose(parse_arguments(["data.root=/before"])).jobs
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra" / "hydra.yaml").write_text("hydra: {overrides: {task: []}, runtime: {choices: {}}}\n")
-    assert "data.root=/now" in resume.command_line([f"resume={tmp_path}", "data.root=/now"])
+    moved = ["data.root=/now", "tracking.uri=http://now"]
+    assert set(moved) <= set(resume.command_line([f"resume={tmp_path}", *moved]))
     for root, found in {None: "/before", "/now": "/now"}.items():
         data = resume.saved_run(tmp_path, root)[0].data
         assert data.root == data.dataset.root == found
+    assert resume.saved_run(tmp_path, uri="http://now")[0].tracking.uri == "http://now"
+    started = {"n": 1, "run": "a", "kind": "start", "uri": "sqlite:////whole/mlflow.db", "experiment_id": "1"}
+    (tmp_path / "tracking.jsonl").write_text(json.dumps(started) + "\n")
+    assert resume.saved_run(tmp_path)[0].tracking.uri == "sqlite:////whole/mlflow.db"
 
 
 def test_a_run_is_found_by_its_mlflow_id(uninterrupted):

@@ -18,6 +18,7 @@ from mlflow_stub import StubServer
 
 from resnet_cifar import delivery, store_errors, tracked_run, tracking
 from resnet_cifar.artifact_files import link_or_copy
+from resnet_cifar.compose import outputs
 from resnet_cifar.delivery import Journal
 from resnet_cifar.deployed_model import DeployedModel
 from resnet_cifar.errors import CheckpointError, ConfigError, StorageError
@@ -247,6 +248,12 @@ def test_a_relative_database_becomes_absolute(tmp_path, monkeypatch):
     with_options = tracking.Store("sqlite:///mlflow.db?timeout=3")
     assert with_options.uri == f"sqlite:///{tmp_path}/mlflow.db?timeout=3"
     assert with_options._database == tmp_path / "mlflow.db"
+
+
+def test_the_command_that_sends_what_is_left_knows_where_it_is(tmp_path):
+    assert tracked_run.sync_command(Path(outputs(), "sweeps", "abc", "0")) == "python run.py task=sync"
+    elsewhere = tracked_run.sync_command(tmp_path / "my runs" / "runs" / "1")
+    assert elsewhere == f"python run.py task=sync 'output_dir={tmp_path}/my runs'"
 
 
 def test_links_open_the_run():
@@ -599,7 +606,8 @@ def test_what_a_server_misses_is_sent_later_and_once(server, tmp_path, caplog, f
     run.log_metrics({"loss": 1.0}, step=3)
     run.finish("FINISHED", note="done")
     assert server.points(run.run_id) == [("loss", 1)]
-    assert "3 tracking records of this run are not delivered" in caplog.text and "task=sync" in caplog.text
+    assert "3 tracking records of this run are not delivered" in caplog.text
+    assert f"python run.py task=sync output_dir={tmp_path / 'run'}" in caplog.text
     come_back(server, fault)
     assert sync_all(tmp_path) == 3
     assert sync_all(tmp_path) == 0
@@ -628,8 +636,10 @@ def test_syncing_with_a_dead_server_keeps_everything(server, tmp_path):
     run.finish("FINISHED")
     with pytest.raises(StorageError, match="1 tracking records"):
         sync_all(tmp_path)
+    with pytest.raises(StorageError, match="1 tracking records"):
+        sync_all(tmp_path, "http://127.0.0.1:9")  # where it is said to be now
     server.started()
-    assert sync_all(tmp_path) == 1
+    assert sync_all(tmp_path, server.uri) == 1
 
 
 def test_syncing_leaves_a_run_that_is_going_alone(server, tmp_path, patient):
