@@ -20,7 +20,7 @@ from resnet_cifar.compose import CONF, VERSION_BASE, Composition, compose, parse
 from resnet_cifar.console import log_failure, nobody_reads, say, short
 from resnet_cifar.errors import ConfigError, StorageError, UserError
 
-INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143  # the shell's: 128 and the number of the signal
+HUNG_UP, INTERRUPTED, BROKEN_PIPE, TERMINATED = 129, 130, 141, 143  # the shell's: 128 and the number of the signal
 TRACEBACK = "RESNET_CIFAR_TRACEBACK"  # what HYDRA_FULL_ERROR was when the process started
 
 
@@ -103,7 +103,7 @@ def job(cfg: DictConfig) -> float | None:
     except SystemExit as stop:
         if stop.code in (None, 0):
             return None
-        if stop.code in (INTERRUPTED, TERMINATED):
+        if stop.code in (HUNG_UP, INTERRUPTED, TERMINATED):
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 say(
                     "Without sweep.rerun=all the same command keeps all finished runs, older ones too, and does the rest."

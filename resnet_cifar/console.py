@@ -28,7 +28,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
     """Print it there, by default on stdout, to whoever is still reading."""
     try:
         print(text, file=stream, flush=True)
-    except BrokenPipeError:
+    except OSError:  # a pipe without a reader, a terminal that was closed
         nobody_reads(stream)
 
 
@@ -68,7 +68,7 @@ class ConsoleHandler(logging.StreamHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Called by `emit` where a line could not be written."""
-        if isinstance(sys.exception(), BrokenPipeError):
+        if isinstance(sys.exception(), OSError):
             nobody_reads()
         else:
             super().handleError(record)

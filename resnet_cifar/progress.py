@@ -28,7 +28,14 @@ log = logging.getLogger(__name__)
 
 
 class Bar(tqdm):
-    """A bar with lines above it, as long as these are read."""
+    """A bar with lines above it, as long as there is somebody to read them."""
+
+    def display(self, *arguments: Any, **options: Any) -> None:
+        """Draw it; no more when the terminal was closed."""
+        try:
+            super().display(*arguments, **options)
+        except OSError:
+            self.disable = True
 
     @classmethod
     def write(cls, *arguments: Any, **options: Any) -> None:
@@ -36,7 +43,7 @@ class Bar(tqdm):
         try:
             super().write(*arguments, **options)
             (options.get("file") or sys.stdout).flush()  # here, and not where the handler would fail
-        except BrokenPipeError:
+        except OSError:
             nobody_reads()
 
 

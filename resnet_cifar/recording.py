@@ -22,7 +22,7 @@ from resnet_cifar.errors import CheckpointError, StorageError
 from resnet_cifar.loop import EpochRecord
 from resnet_cifar.passwords import without_passwords
 from resnet_cifar.progress import where_to_look
-from resnet_cifar.signals import exit_on_sigterm, ignored
+from resnet_cifar.signals import exit_on_ending_signals, ignored
 from resnet_cifar.sweep import STATUS
 from resnet_cifar.tables import read_csv
 from resnet_cifar.tracked_run import Run
@@ -41,7 +41,7 @@ MOST_PARAMS = 15  # more squeeze the images on MLflow's pages
 # Where a run lies and where it is recorded tell nothing about its result.
 NOT_COMPARED = ("tracking", "hydra", "output_dir", "data.root", "experiment", "scheduler.max_lr", "resume", "sweep")
 FILES = ("config.yaml", "model_summary.txt", "*.csv", "run.log", "figures/*.png", f"checkpoints/{LAST}")
-SIGNAL_EXITS = (130, 143)  # SIGINT and SIGTERM: stopped, not failed
+SIGNAL_EXITS = (129, 130, 143)  # SIGHUP, SIGINT and SIGTERM: stopped, not failed
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def recorded(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, s
         StorageError: another process has this run, or its folder or store cannot be used.
     """
     folder = invocation.folder
-    with only_process(folder), exit_on_sigterm():
+    with only_process(folder), exit_on_ending_signals():
         if not invocation.resumed:
             with _writing(folder):
                 write_whole(folder / "config.yaml", OmegaConf.to_yaml(without_environment(cfg)))
@@ -160,7 +160,7 @@ def only_process(folder: Path) -> Iterator[None]:
         raise StorageError(f"Another process is working on the run in {folder}. Wait for it or stop it.") from error
 
 
-@ignored(signal.SIGTERM)  # a second one, when the first has ended the run, would leave it without an end
+@ignored(signal.SIGTERM, signal.SIGHUP)  # a second one, when the first has ended the run, would leave it without an end
 def _end(folder: Path, tracked_run: Run, status: str, note: str | None) -> None:
     for pattern in FILES:
         for path in sorted(folder.glob(pattern)):

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request to stop between two batches; a second signal ends the process at once."""
+"""SIGINT, SIGTERM and SIGHUP as a request to stop between two batches; a second signal ends the process at once."""
 
 import signal
 import sys
@@ -16,8 +16,14 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """The shell's convention: 130 for SIGINT, 143 for SIGTERM."""
+        """The shell's convention: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP."""
         return 128 + self.signal_number
+
+
+def ending_signals() -> list[signal.Signals]:
+    """SIGTERM, and SIGHUP of a terminal that is closed; not where `nohup` has this process ignore it."""
+    ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGTERM, *([] if ignores_hangup else [signal.SIGHUP])]
 
 
 @contextmanager
@@ -33,7 +39,7 @@ def stop_requests(
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, *ending_signals())}
 
     def remember(number: int, _frame: object) -> None:
         request.signal_number = number
@@ -51,16 +57,17 @@ def stop_requests(
 
 
 @contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-    """SIGTERM raises SystemExit(143), as SIGINT raises KeyboardInterrupt, so that what is open is closed on the way out."""
+def exit_on_ending_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit, as SIGINT raises KeyboardInterrupt, so that what is open is closed on the way out."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    previous = {number: signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in ending_signals()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def do_nothing(_number: int, _frame: object) -> None:

@@ -39,7 +39,7 @@ def launch(size: int, device: str, logs: dict[str, Any], work: Callable[..., Non
     `device` is `cpu` (gloo, the threads divided) or `cuda` (NCCL, a GPU each); `logs` configures the first one's logging.
 
     Raises:
-        SystemExit: SIGINT or SIGTERM asked to stop, which the first process is told: with the signal's exit code.
+        SystemExit: SIGINT, SIGTERM or SIGHUP asked to stop, which the first process is told: with the signal's exit code.
         Exception: what was raised in the process that failed first.
         UserError: a process was killed.
     """
@@ -109,9 +109,9 @@ def _work(
 
     _prctl_pr_set_pdeathsig(signal.SIGKILL)  # when the launching process is killed, so is this one, as if they were one
     world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    # A terminal's Ctrl-C reaches all processes, a cluster's SIGTERM too. The launching one hears the first, the first
+    # A terminal's Ctrl-C and its end reach all processes, a cluster's SIGTERM too. The launching one hears the first, the first
     # worker the second; the others stop when that one does.
-    with ignored(signal.SIGINT, *([signal.SIGTERM] if world.rank else [])):
+    with ignored(signal.SIGINT, signal.SIGHUP, *([signal.SIGTERM] if world.rank else [])):
         try:
             _speak(world, logs)
             torch.set_num_threads(threads)

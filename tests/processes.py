@@ -121,6 +121,24 @@ def signals(*numbers: int) -> None:
         os.kill(os.getpid(), number)
 
 
+def on_a_terminal(name: str) -> None:
+    """This process leads a session of its own on that terminal, which is where it prints."""
+    import fcntl
+    import termios
+
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+    for descriptor in range(3):
+        os.dup2(terminal, descriptor)
+
+
+def hung_up_under_nohup(count: int) -> None:
+    """SIGHUP after `count` steps, which this process ignores."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    after_steps(count, signals, signal.SIGHUP)
+
+
 def killed_before_the_checkpoint(count: int) -> None:
     """Die by SIGKILL when the `count`-th checkpoint is to be written: what it would have held is recorded already."""
     from resnet_cifar import checkpoint

@@ -17,7 +17,9 @@ from processes import (
     after_steps,
     full_disk_at_the_start,
     full_disk_for_checkpoint,
+    hung_up_under_nohup,
     killed_before_the_checkpoint,
+    on_a_terminal,
     signals,
     waits_after_steps,
 )
@@ -218,6 +220,27 @@ def test_a_signal_saves_a_checkpoint_within_a_batch_and_the_run_is_killed(
     assert stopped.output.count(f"Go on with it:\n  python run.py resume={folder}\n") == 1
     assert start(f"resume='{folder}'").ends() == 0
     assert_as_if_never_interrupted(folder, uninterrupted)
+
+
+def test_a_terminal_that_is_closed_stops_the_run_with_a_checkpoint(start, outputs):
+    terminal, its_end = os.openpty()
+    stopped = start("trainer.epochs=1000", fault=on_a_terminal, fault_arguments=(os.ttyname(its_end),))
+    printed = b""
+    while b"epoch    3/1000" not in printed:
+        printed += os.read(terminal, 10_000)
+    os.close(terminal)
+    os.close(its_end)
+    assert stopped.ends() == 129, stopped.output
+    folder = only_run(outputs)
+    assert checkpoint.load(folder)["progress"]["epoch"] >= 3
+    assert (folder / "status.txt").read_text().startswith("KILLED")
+    assert tracked(folder)[1].info.status == "KILLED"
+
+
+def test_under_nohup_the_end_of_the_terminal_is_nothing(start, outputs):
+    command = start(fault=hung_up_under_nohup, fault_arguments=(3,))
+    assert command.ends() == 0, command.output
+    assert tracked(only_run(outputs))[1].info.status == "FINISHED"
 
 
 def test_a_second_signal_ends_the_process_at_once(start, outputs):
