@@ -185,7 +185,8 @@ def train_in_stages(cfg: DictConfig, invocation: Invocation, world: World = ALON
         log_model(cfg, built, test_images, tracked_run)
         note = report.training_note(folder, evaluated_on, test, max_lr)
         tracked_run.set_tags({tracking.NOTE: note})
-        log.info("Test accuracy %.2f%%, loss %.4f, after %d epochs.", test.accuracy, test.loss, training.epochs)
+        epochs = f"{training.epochs} epoch{'s' if training.epochs > 1 else ''}"
+        log.info("Test accuracy %.2f%%, loss %.4f, after %s.", test.accuracy, test.loss, epochs)
     yield "recorded"
 
 

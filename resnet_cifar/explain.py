@@ -104,7 +104,8 @@ def load_pictures(folder: str | Path, size: int) -> tuple[list[str], Tensor]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"There is no folder '{folder}'.\nGive one that holds pictures: explain.images=<folder>.")
+        found = "is no folder" if folder.exists() else "is not there"
+        raise DataError(f"'{folder}' {found}.\nGive a folder that holds pictures: explain.images=<folder>.")
     names, pictures = [], []
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         name = os.fsencode(path.name).decode(errors="replace")  # a name can be of any bytes

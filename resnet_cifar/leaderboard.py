@@ -110,6 +110,7 @@ def points(found: Sequence[Result]) -> list[list[Result]]:
 def table(found: Sequence[Result]) -> list[dict[str, Any]]:
     """The leaderboard, best first: the varied values, the accuracy ranked by, and where seeds varied its deviation and count.
 
+    Of equals the one with the lower loss is first.
     The deviation is the sample's, n - 1; an accuracy is a mean over the FINISHED runs of the point.
     """
     metric, loss = ranked_by(found), ranked_by(found).replace("accuracy", "loss")
@@ -136,7 +137,7 @@ def table(found: Sequence[Result]) -> list[dict[str, Any]]:
         )
         row["error"] = "; ".join(dict.fromkeys(result.error for result in group if result.error))
         rows.append(row)
-    return sorted(rows, key=lambda row: -1 if row[metric] is None else row[metric], reverse=True)
+    return sorted(rows, key=lambda row: (-1 if row[metric] is None else row[metric], -(row[loss] or 0)), reverse=True)
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:

@@ -139,6 +139,17 @@ def check_targets(cfg: DictConfig) -> None:
         )
     for transform in cfg.augmentation.transforms:
         check_arguments(transform)
+    takes = inspect.signature(resolve(cfg.optimizer._target_)).parameters
+    if cfg.task == "train" and _cycles_momentum(cfg.scheduler) and not {"momentum", "betas"} & takes.keys():
+        raise ConfigError(
+            f"optimizer._target_={cfg.optimizer._target_} has no momentum, which the schedule would cycle:\n"
+            "give scheduler.cycle_momentum=false with it"
+        )
+
+
+def _cycles_momentum(scheduler: DictConfig) -> bool:
+    argument = inspect.signature(resolve(scheduler._target_)).parameters.get("cycle_momentum")
+    return argument is not None and scheduler.get("cycle_momentum", argument.default)
 
 
 def load_test(data: DictConfig) -> Images:
@@ -185,6 +196,7 @@ def _read(dataset: str, train: bool, val_size: int) -> tuple[Images, Images | No
             if node.get("download") and node.get("root"):  # a parallel sweep's jobs would break each other's archive
                 Path(node.root).mkdir(parents=True, exist_ok=True)
                 alone.enter_context(FileLock(Path(node.root, ".download.lock")))
+                log.info("No whole data set is in %s: it is downloaded, if nobody has done that meanwhile.", node.root)
             images = as_images(instantiate(node, train=train))
     return hold_out(images, val_size) if val_size else (images, None)
 

@@ -57,7 +57,7 @@ class Target(TypedDict):
 class Optimizer(TypedDict):
     _target_: Text
     lr: Positive
-    weight_decay: NotNegative
+    weight_decay: NotRequired[NotNegative]
     momentum: NotRequired[BelowOne]
     betas: NotRequired[Annotated[list[BelowOne], Field(min_length=2, max_length=2)]]
     nesterov: NotRequired[bool]

@@ -20,7 +20,7 @@ from resnet_cifar.errors import StorageError
 from resnet_cifar.evaluation import restore_parts
 from resnet_cifar.leaderboard import SEED, Result, score
 from resnet_cifar.report import save_figure
-from resnet_cifar.sweep import Plan, job_name, load_plan, short_names
+from resnet_cifar.sweep import FAILED, Plan, job_name, load_plan, short_names
 
 GRID_IMAGES, GRID_RUNS = 6, 7
 NOTE_ROWS = 25  # MLflow cuts a note at 8000 characters
@@ -43,7 +43,8 @@ def publish(folder: Path, settings: DictConfig) -> None:
     leaderboard.write_csv(folder / "runs.csv", leaderboard.rows_of_runs(found))
     (folder / "leaderboard.md").write_text(table, encoding="utf-8")
     draw(folder, found, metric)
-    where = f"folder   {shown(folder)}: leaderboard.csv, leaderboard.md, figures/"
+    there = [name for name in ("leaderboard.csv", "leaderboard.md", "figures", FAILED) if (folder / name).exists()]
+    where = f"folder   {shown(folder)}: {', '.join(there)}"
     say(f"\n{heading}\n\n{leaderboard.text(rows)}\n\n{where}")
     if settings.tracking.uri is not None:
         more = f"\n\nThe other {len(rows) - NOTE_ROWS} points are in leaderboard.csv." if len(rows) > NOTE_ROWS else ""
@@ -85,8 +86,12 @@ def draw(folder: Path, found: Sequence[Result], metric: str) -> None:
 
 def ranked_points(finished: Sequence[Result], metric: str) -> list[list[Result]]:
     """The points, the highest mean first as in the leaderboard; of each its runs, the best first."""
-    points = leaderboard.points(sorted(finished, key=lambda result: _known_score(result, metric), reverse=True))
-    return sorted(points, key=lambda point: mean(_known_score(result, metric) for result in point), reverse=True)
+
+    def rank(*results: Result) -> tuple[float, float]:
+        return mean(_known_score(result, metric) for result in results), -mean(result.loss or 0 for result in results)
+
+    points = leaderboard.points(sorted(finished, key=rank, reverse=True))
+    return sorted(points, key=lambda point: rank(*point), reverse=True)
 
 
 def _known_score(result: Result, metric: str) -> float:

@@ -208,7 +208,11 @@ def test_a_camera_held_sideways_is_turned_upright(tmp_path):
     assert (picture[:, 2] == 255).all() and (picture[:, 17] == 0).all()
 
 
-@pytest.mark.parametrize("folder, message", [("missing", "no folder"), (".", "No readable picture")])
+@pytest.mark.parametrize(
+    "folder, message", [("missing", "is not there"), ("grey.png", "is no folder"), (".", "No readable picture")]
+)
 def test_a_folder_without_pictures_is_a_data_error(tmp_path, folder, message):
+    if folder == "grey.png":
+        (tmp_path / folder).touch()
     with pytest.raises(DataError, match=message):
         load_pictures(tmp_path / folder, 32)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import torchvision
 from torch import nn
 
-from resnet_cifar import parts
+from resnet_cifar import parts, schema
 from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.custom_resnet import CustomResNet
 from resnet_cifar.errors import ConfigError, DataError
@@ -112,6 +113,24 @@ def test_one_process_downloads_while_the_others_wait(monkeypatch, tmp_path):
         failures = [threads.submit(parts.load_test, cfg.data) for _ in range(3)]
     assert all(isinstance(failure.exception(), DataError) for failure in failures)
     assert happened == 3 * ["begins", "ends"]
+
+
+@pytest.mark.parametrize(
+    ("given", "refused"),
+    [
+        ((), True),
+        (("scheduler.cycle_momentum=false",), False),
+        (("~scheduler.cycle_momentum",), True),  # torch's default
+        (("scheduler=cosine",), False),
+        (("task=find_lr",), False),
+    ],
+)
+def test_an_optimizer_without_momentum_wants_a_schedule_that_does_not_cycle_it(given, refused):
+    without = "optimizer={_target_: torch.optim.Rprop, lr: 0.01}"
+    [(cfg, _)] = compose(parse_arguments(["data=digits", without, "~optimizer.weight_decay", *given])).jobs
+    schema.check(cfg)
+    with pytest.raises(ConfigError, match="give scheduler") if refused else nullcontext():
+        parts.check_targets(cfg)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")

@@ -3,6 +3,7 @@
 import json
 import shlex
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -270,6 +271,13 @@ def test_seeds_of_a_point_are_reduced_to_mean_deviation_and_count():
     assert (best["status"], best["error"]) == ("1 FINISHED, 1 FAILED", "RuntimeError: cosmic ray")
     assert (second["test/accuracy"], second["deviation"], second["runs"]) == (82.0, pytest.approx(8**0.5, abs=1e-4), 2)
     assert "± 2.83" in leaderboard.text([best, second]) and "1:01.0" in leaderboard.markdown([best, second])
+
+
+def test_of_equals_the_one_with_the_lower_loss_is_first():
+    equals = [replace(result({"lr": str(loss)}, 80.0), loss=loss) for loss in (0.3, 0.2, 0.4)]
+    assert [row["lr"] for row in leaderboard.table(equals)] == ["0.2", "0.3", "0.4"]
+    points = sweep_summary.ranked_points(equals, "test/accuracy")
+    assert [point[0].loss for point in points] == [0.2, 0.3, 0.4]
 
 
 def test_val_accuracy_ranks_where_every_run_has_one():
