@@ -196,7 +196,6 @@ def _read(dataset: str, train: bool, val_size: int) -> tuple[Images, Images | No
             if node.get("download") and node.get("root"):  # a parallel sweep's jobs would break each other's archive
                 Path(node.root).mkdir(parents=True, exist_ok=True)
                 alone.enter_context(FileLock(Path(node.root, ".download.lock")))
-                log.info("No whole data set is in %s: it is downloaded, if nobody has done that meanwhile.", node.root)
             images = as_images(instantiate(node, train=train))
     return hold_out(images, val_size) if val_size else (images, None)
 

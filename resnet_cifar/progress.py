@@ -30,12 +30,13 @@ log = logging.getLogger(__name__)
 class Bar(tqdm):
     """A bar with lines above it, as long as there is somebody to read them."""
 
-    def display(self, *arguments: Any, **options: Any) -> None:
-        """Draw it; no more when the terminal was closed."""
+    def display(self, *arguments: Any, **options: Any) -> bool:
+        """Draw it, and say whether that is done; no more when the terminal was closed."""
         try:
-            super().display(*arguments, **options)
+            return bool(super().display(*arguments, **options))
         except OSError:
             self.disable = True
+            return False
 
     @classmethod
     def write(cls, *arguments: Any, **options: Any) -> None:

@@ -126,17 +126,12 @@ def on_a_terminal(name: str) -> None:
     import fcntl
     import termios
 
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     os.setsid()
     terminal = os.open(name, os.O_RDWR)
     fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
     for descriptor in range(3):
         os.dup2(terminal, descriptor)
-
-
-def hung_up_under_nohup(count: int) -> None:
-    """SIGHUP after `count` steps, which this process ignores."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    after_steps(count, signals, signal.SIGHUP)
 
 
 def killed_before_the_checkpoint(count: int) -> None:

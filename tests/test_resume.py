@@ -17,7 +17,6 @@ from processes import (
     after_steps,
     full_disk_at_the_start,
     full_disk_for_checkpoint,
-    hung_up_under_nohup,
     killed_before_the_checkpoint,
     on_a_terminal,
     signals,
@@ -29,6 +28,7 @@ from resnet_cifar import checkpoint, recording, resume, tracking
 from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.errors import CheckpointError
 from resnet_cifar.loop import Progress, fit
+from resnet_cifar.signals import exit_on_ending_signals, stop_requests
 from resnet_cifar.tables import cut_tables, read_csv
 from resnet_cifar.training import MovingAverage, training_state
 
@@ -237,10 +237,14 @@ def test_a_terminal_that_is_closed_stops_the_run_with_a_checkpoint(start, output
     assert tracked(folder)[1].info.status == "KILLED"
 
 
-def test_under_nohup_the_end_of_the_terminal_is_nothing(start, outputs):
-    command = start(fault=hung_up_under_nohup, fault_arguments=(3,))
-    assert command.ends() == 0, command.output
-    assert tracked(only_run(outputs))[1].info.status == "FINISHED"
+def test_under_nohup_the_end_of_the_terminal_is_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with exit_on_ending_signals(), stop_requests() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.signal_number == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_signal_ends_the_process_at_once(start, outputs):
