@@ -19,8 +19,9 @@ from resnet_cifar import sweep, sweep_worker
 from resnet_cifar.compose import CONF, VERSION_BASE, Composition, compose, parse_arguments
 from resnet_cifar.console import log_failure, nobody_reads, say, short
 from resnet_cifar.errors import ConfigError, StorageError, UserError
+from resnet_cifar.signals import STOPPED
 
-HUNG_UP, INTERRUPTED, BROKEN_PIPE, TERMINATED = 129, 130, 141, 143  # the shell's: 128 and the number of the signal
+INTERRUPTED, BROKEN_PIPE = 130, 141  # the shell's: 128 and the number of the signal
 TRACEBACK = "RESNET_CIFAR_TRACEBACK"  # what HYDRA_FULL_ERROR was when the process started
 
 
@@ -103,7 +104,7 @@ def job(cfg: DictConfig) -> float | None:
     except SystemExit as stop:
         if stop.code in (None, 0):
             return None
-        if stop.code in (HUNG_UP, INTERRUPTED, TERMINATED):
+        if stop.code in STOPPED:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 say(
                     "Without sweep.rerun=all the same command keeps all finished runs, older ones too, and does the rest."

@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from resnet_cifar.errors import ConfigError
 from resnet_cifar.fingerprint import config_hash, sweep_id
-from resnet_cifar.suggestions import closest, did_you_mean, keys
+from resnet_cifar.suggestions import closest, did_you_mean, dotted, keys
 from resnet_cifar.sweep_worker import gpus_of_a_job
 
 VERSION_BASE = "1.3"
@@ -240,9 +240,8 @@ def _reason(error: Exception, arguments: argparse.Namespace) -> str:
         return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: not valid YAML: {error.problem}"
     if isinstance(error, OverrideParseException):
         key, equals, value = str(error.override).partition("=")
-        if re.search(r"\[\d+\]", key):
-            dotted = re.sub(r"\[(\d+)\]", r".\1", key)
-            return f"cannot read {key}: a place in a list is written with a dot: {dotted}{equals}{value}"
+        if dotted(key) != key:
+            return f"cannot read {key}: a place in a list is written with a dot: {dotted(key)}{equals}{value}"
         if not equals:
             return f"cannot read {key}: settings are written key=value"
         if value.startswith("~") and value[1:2] not in ("", "/"):

@@ -22,7 +22,7 @@ from resnet_cifar.errors import CheckpointError, StorageError
 from resnet_cifar.loop import EpochRecord
 from resnet_cifar.passwords import without_passwords
 from resnet_cifar.progress import where_to_look
-from resnet_cifar.signals import exit_on_ending_signals, ignored
+from resnet_cifar.signals import STOPPED, exit_on_ending_signals, ignored
 from resnet_cifar.sweep import STATUS
 from resnet_cifar.tables import read_csv
 from resnet_cifar.tracked_run import Run
@@ -41,7 +41,6 @@ MOST_PARAMS = 15  # more squeeze the images on MLflow's pages
 # Where a run lies and where it is recorded tell nothing about its result.
 NOT_COMPARED = ("tracking", "hydra", "output_dir", "data.root", "experiment", "scheduler.max_lr", "resume", "sweep")
 FILES = ("config.yaml", "model_summary.txt", "*.csv", "run.log", "figures/*.png", f"checkpoints/{LAST}")
-SIGNAL_EXITS = (129, 130, 143)  # SIGHUP, SIGINT and SIGTERM: stopped, not failed
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ def recorded(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, s
                 yield tracked_run
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt | GeneratorExit) or (
-                isinstance(error, SystemExit) and error.code in SIGNAL_EXITS
+                isinstance(error, SystemExit) and error.code in STOPPED
             )
             status = "KILLED" if stopped else "FAILED"
             hint = f"Stopped. Continue it: `python run.py resume={shlex.quote(str(folder))}`"

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+# The shell's, 128 and the number of the signal: of SIGHUP, SIGINT and SIGTERM. What ends with one was stopped and did not fail.
+STOPPED = (129, 130, 143)
+
 
 @dataclass
 class StopRequest:

@@ -1,6 +1,7 @@
-"""What a mistyped key or option was probably meant to be."""
+"""How keys are written, and what a mistyped key or option was probably meant to be."""
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,11 @@ def keys(container: Mapping[str, Any], parent: str = "") -> Iterator[str]:
         yield parent + str(name)
         if isinstance(value, Mapping):
             yield from keys(value, f"{parent}{name}.")
+
+
+def dotted(key: str) -> str:
+    """A key as Hydra writes it: a place in a list after a dot, `transforms.0` for `transforms[0]`."""
+    return re.sub(r"\[(\d+)\]", r".\1", key)
 
 
 def closest(given: str, known: Iterable[str]) -> list[str]:

@@ -1,7 +1,6 @@
 """`_target_` paths from the configuration to objects: the one place that says which may be called, and calls them."""
 
 import inspect
-import re
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
@@ -11,7 +10,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from resnet_cifar.errors import ConfigError
-from resnet_cifar.suggestions import did_you_mean
+from resnet_cifar.suggestions import did_you_mean, dotted
 
 # What may stand in a `_target_`: classes of these modules, and functions where a library offers models as functions.
 CLASSES = (
@@ -69,8 +68,7 @@ def check_arguments(node: DictConfig, *supplied: str) -> None:
             unknown = [key for key in keywords if key not in signature.parameters]
             hint = did_you_mean(unknown[0], signature.parameters) if unknown else ""
             if unknown and not hint and number == 0 and unknown[0] not in supplied:
-                key = re.sub(r"\[(\d+)\]", r".\1", node._get_full_key(unknown[0]))  # as Hydra writes a place in a list
-                hint = f"; take it out: ~{key}"
+                hint = f"; take it out: ~{dotted(node._get_full_key(unknown[0]))}"
             raise ConfigError(f"{target.__name__}() {error}{hint} (_target_: {arguments['_target_']})") from error
 
 
