@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from hydra import version
@@ -243,7 +243,9 @@ def _reason(error: Exception, arguments: argparse.Namespace) -> str:
         if dotted(key) != key:
             return f"cannot read {key}: a place in a list is written with a dot: {dotted(key)}{equals}{value}"
         if not equals:
-            return f"cannot read {key}: settings are written key=value"
+            spaced = any(override.startswith("=") or override.endswith("=") for override in arguments.overrides)
+            hint = ", without a space" if spaced else _option_called(key)
+            return f"cannot read {key}: settings are written key=value{hint}"
         if value.startswith("~") and value[1:2] not in ("", "/"):
             return f"cannot read {error.override}: a value does not begin with ~, write a home folder out"
         if value.startswith("~"):
@@ -270,6 +272,16 @@ def _reason(error: Exception, arguments: argparse.Namespace) -> str:
             return f"{key} is not a key here: it goes with {' or '.join(options)}"
         return f"{key} is not a key{did_you_mean(key, _known_keys(arguments), value) or _with_a_plus(key, value, arguments)}"
     return f"{first_line} (given: {' '.join(arguments.overrides)})"
+
+
+def _option_called(name: str) -> str:
+    from resnet_cifar.schema import Task  # late: --help and --cfg need no types
+
+    options = [("task", task) for task in get_args(Task)] + [
+        (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml")
+    ]
+    meant = sorted(f"{key}={option}" for key, option in options if option == name)
+    return f"; did you mean {' or '.join(meant)}?" if meant else ""
 
 
 def _options_with(key: str) -> list[str]:

@@ -9,6 +9,7 @@ import traceback
 from pathlib import Path
 from typing import TextIO
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 
 from resnet_cifar.compose import quoted
@@ -53,7 +54,12 @@ def log_failure(error: BaseException) -> None:
 
 def shown(path: Path) -> Path:
     """The path from the working directory, where it lies in there."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return path.relative_to(working_directory()) if path.is_relative_to(working_directory()) else path
+
+
+def working_directory() -> Path:
+    """Where the command was given: with `hydra.job.chdir=true` the job itself is in its run's folder."""
+    return Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
 
 
 def setting(key: str, path: Path) -> str:

@@ -100,15 +100,18 @@ def grad_cam(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> t
 def load_pictures(folder: str | Path, size: int) -> tuple[list[str], Tensor]:
     """A folder's pictures by name, as uint8 (N, 3, size, size): turned upright, on white, the middle square, resized.
 
-    Other files are skipped with a warning. Raises `DataError` where there is no folder or no picture in it.
+    Other files, and folders in it, are skipped with a warning. Raises `DataError` where there is no folder or no picture in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
         found = "is no folder" if folder.exists() else "is not there"
         raise DataError(f"'{folder}' {found}.\nGive a folder that holds pictures: explain.images=<folder>.")
     names, pictures = [], []
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    for path in sorted(path for path in folder.iterdir() if path.is_file() or path.is_dir()):
         name = os.fsencode(path.name).decode(errors="replace")  # a name can be of any bytes
+        if path.is_dir():
+            log.warning("Skipped the folder %s: pictures are taken from '%s' alone.", name, folder)
+            continue
         try:
             pictures.append(_load_picture(path, size))
             names.append(name)

@@ -104,11 +104,7 @@ def grad_cam(
     for axes, image, heat_map, target, caption in zip(panels, images, heat_maps, explained, captions, strict=True):
         _draw_pair(axes, _unit(image), heat_map, _short(classes[target]))
         axes.set_title(caption, fontsize=9, loc="center", parse_math=False)
-    bar = figure.colorbar(
-        ScalarMappable(cmap=HEAT_MAP_COLOURS), ax=panels, location="bottom", shrink=0.4, aspect=40, pad=0.02
-    )
-    bar.set_ticks([0, 1], labels=["least evidence in this image", "most evidence in this image"])
-    bar.outline.set_visible(False)
+    draw_heat_map_colours(figure, panels)
     return figure
 
 
@@ -248,6 +244,15 @@ def _draw_pair(axes: Axes, image: np.ndarray, heat_map: np.ndarray, target: str)
             parse_math=False,
         )
     axes.imshow(np.concatenate([image, np.ones((height, gap, 3)), overlay(image, heat_map)], axis=1))
+
+
+def draw_heat_map_colours(figure: Figure, panels: Sequence[Axes]) -> None:
+    """A bar under the panels that says what the colours of `overlay` mean."""
+    bar = figure.colorbar(
+        ScalarMappable(cmap=HEAT_MAP_COLOURS), ax=panels, location="bottom", shrink=0.4, aspect=40, pad=0.02
+    )
+    bar.set_ticks([0, 1], labels=["least evidence in this image", "most evidence in this image"])
+    bar.outline.set_visible(False)
 
 
 def overlay(image: np.ndarray, heat_map: np.ndarray) -> np.ndarray:

@@ -230,6 +230,12 @@ def build_scheduler(scheduler: DictConfig, optimizer: Optimizer, total_steps: in
             f"scheduler.pct_start={scheduler.pct_start} of {total_steps} steps is one step, in which nothing can rise; "
             "give more or less"
         )
+    if 0 < total_steps * scheduler.get("pct_start", 0) < 1:
+        log.warning(
+            "scheduler.pct_start=%g of %d steps is less than one: nothing rises, the learning rate only falls.",
+            scheduler.pct_start,
+            total_steps,
+        )
     groups = optimizer.param_groups
     if "max_lr" in scheduler and len(groups) > 1:  # one peak for each, in the proportion of their learning rates
         supplied["max_lr"] = [scheduler.max_lr * group["lr"] / groups[0]["lr"] for group in groups]

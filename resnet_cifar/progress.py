@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from resnet_cifar.console import nobody_reads, setting, shown
+from resnet_cifar.console import nobody_reads, setting, shown, working_directory
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord
 from resnet_cifar.tracked_run import Run, TrackedRun, run_page
 
@@ -147,7 +147,7 @@ def where_to_look(task: str, folder: Path, tracked_run: Run) -> str:
 
 def shown_uri(text: str) -> str:
     """The address of an SQLite database in `text` from the working directory, where it lies in there."""
-    return text.replace(f"sqlite:///{Path.cwd()}/", "sqlite:///")
+    return text.replace(f"sqlite:///{working_directory()}/", "sqlite:///")
 
 
 def _duration(seconds: float) -> str:

@@ -190,10 +190,13 @@ class Sweep(TypedDict):
     dry_run: bool
 
 
+Task = Literal["train", "find_lr", "evaluate", "explain", "sync"]
+
+
 @closed
 class Config(TypedDict):
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    task: Literal["train", "find_lr", "evaluate", "explain", "sync"]
+    task: Task
     checkpoint: Text | None
     resume: Text | None
     output_dir: Text

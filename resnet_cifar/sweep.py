@@ -172,8 +172,8 @@ def job_name(values: dict[str, str], run_name: str | None) -> str:
 
 def heading(plan: Plan, estimated: str) -> str:
     """The sweep in a line: its id, how many jobs it has, how many of them are to run, and how long that takes."""
-    running = sum(job.action != SKIP for job in plan.jobs)
-    return f"Sweep {plan.id}: {len(plan.jobs)} jobs, {running} to run, {estimated}"
+    running, count = sum(job.action != SKIP for job in plan.jobs), len(plan.jobs)
+    return f"Sweep {plan.id}: {count} job{'s' if count > 1 else ''}, {running} to run, {estimated}"
 
 
 def dry_run(plan: Plan, estimated: str) -> str:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from resnet_cifar.figures import EVAL, INK, MARK, MUTED, STYLE, overlay
+from resnet_cifar.figures import EVAL, INK, MARK, MUTED, STYLE, draw_heat_map_colours, overlay
 from resnet_cifar.sweep import short_value
 
 LINES = ("#1d4ed8", "#b91c1c", "#047857", "#b45309", "#7c3aed", "#0e7490", "#be185d", "#4d7c0f", "#475569", "#92400e")
@@ -64,10 +64,10 @@ def learning_curves(runs: Sequence[tuple[str, Sequence[float]]], metric: str) ->
     for place, name in reversed(list(enumerate(names))):  # the best on top
         colour = LINES[place] if place < len(LINES) else "#cbd5e1"
         curves = [accuracies for other, accuracies in runs if other == name]
-        for accuracies in curves if len(curves) > 1 else ():
-            axes.plot(range(1, len(accuracies) + 1), accuracies, color=colour, linewidth=0.8, alpha=0.3)
         average = [mean(at_epoch) for at_epoch in zip(*curves, strict=False)]  # as far as all of them came
         style = "o-" if len(average) < 4 else "-"
+        for accuracies in curves if len(curves) > 1 else ():
+            axes.plot(range(1, len(accuracies) + 1), accuracies, style, color=colour, linewidth=0.8, alpha=0.3)
         axes.plot(range(1, len(average) + 1), average, style, color=colour, linewidth=1.6)
     for place, name in enumerate(names[:LEGEND_LINES]):
         axes.plot([], [], color=LINES[place] if place < len(LINES) else "#cbd5e1", label=name or "all runs")
@@ -115,9 +115,9 @@ def grad_cam_grid(images: np.ndarray, labels: Sequence[str], runs: Sequence[Mapp
     rows, columns = len(images), 1 + len(runs)
     names = [_in_column(str(run["name"]), 100 // columns) for run in ({"name": "image"}, *runs)]
     heading = 0.5 + 0.15 * max(1 + name.count("\n") for name in names)
-    height = heading + rows * (9 / max(columns, 6) + 0.22)
+    height = heading + rows * (9 / max(columns, 6) + 0.22) + 0.4
     figure = Figure(figsize=(9, height), layout=ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - heading / height)))
-    title = f"Grad-CAM against the true class, {layer}: the same images in every run"
+    title = f"Grad-CAM against the true class, {layer}: the same images in every run; dark grey: no evidence"
     figure.suptitle(title, x=0.01, y=1 - 0.08 / height, ha="left", va="top")
     panels = figure.subplots(rows, columns, squeeze=False)
     for row, (image, label) in enumerate(zip(images / 255, labels, strict=True)):
@@ -136,6 +136,7 @@ def grad_cam_grid(images: np.ndarray, labels: Sequence[str], runs: Sequence[Mapp
         written.set_in_layout(False)  # the images would make room for a long name
     for axes in panels.flat:
         axes.set_axis_off()
+    draw_heat_map_colours(figure, list(panels.flat))
     return figure
 
 

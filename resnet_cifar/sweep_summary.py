@@ -133,7 +133,7 @@ def _grid(best_of_points: Sequence[Result]) -> Figure:
         heat_maps, _ = explain.grad_cam(run_built.network, inputs, chosen.labels, layer)
         with torch.no_grad():
             predictions = [classes[place] for place in run_built.network.eval()(inputs).argmax(1).tolist()]
-        runs.append({"name": _point(result), "heat_maps": heat_maps, "predictions": predictions})
+        runs.append({"name": job_name(result.values, None), "heat_maps": heat_maps, "predictions": predictions})
     shown_images = chosen.images.permute(0, 2, 3, 1).numpy()
     labels = [classes[label] for label in chosen.labels.tolist()]
     return sweep_figures.grad_cam_grid(shown_images, labels, runs, next(iter(cfg.explain.layers)))

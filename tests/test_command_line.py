@@ -87,7 +87,10 @@ def assert_short(message):
         ("optimizer=adam,sgd", "run it with -m"),
         ("seed=range(0,3)", "run it with -m"),
         ("seed=1 -m trainer.epochs=2", "write trainer.epochs=2"),
-        ("seed", "cannot read seed: settings are written key=value"),
+        ("seed", "cannot read seed: settings are written key=value\n"),
+        ("seed = 1", "settings are written key=value, without a space\n"),
+        ("evaluate checkpoint=x", "did you mean task=evaluate?"),
+        ("quickstart", "did you mean experiment=quickstart?"),
         ("seed=[1", "cannot read seed=[1"),
         ("output_dir=~/Ü", "write the home folder out, \"output_dir='$HOME/Ü'\""),
         ("output_dir=~", "\"output_dir='$HOME'\""),
@@ -404,3 +407,9 @@ def test_an_installed_wheel_writes_into_the_working_directory(monkeypatch, tmp_p
     monkeypatch.setattr(compose, "INSTALLED", True)
     monkeypatch.chdir(tmp_path)
     assert compose.outputs() == str(tmp_path / "outputs")
+
+
+def test_a_job_in_its_own_folder_shows_paths_from_where_the_command_was_given(command, job, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    job(lambda cfg: print(console.shown(Path.cwd())))
+    assert command("hydra.job.chdir=true", *TINY)[1].startswith("outputs/runs/")

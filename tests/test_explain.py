@@ -162,18 +162,20 @@ def test_a_layer_without_a_map_is_refused(model, images, layer):
         grad_cam(model, images, TARGETS, layer)
 
 
-def test_pictures_come_sorted_square_and_in_rgb_and_other_files_are_named_and_skipped(tmp_path, caplog):
+def test_pictures_come_sorted_square_and_in_rgb_and_what_else_is_there_is_named_and_skipped(tmp_path, caplog):
     Image.new("RGB", (60, 40), (255, 0, 0)).save(tmp_path / "b.png")
     Image.new("L", (10, 10), 128).save(tmp_path / "a.png")
     Image.new("P", (50, 90)).save(tmp_path / "c.gif")
     (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "more").mkdir()
     with caplog.at_level(logging.WARNING):
         names, pictures = load_pictures(tmp_path, 32)
     assert names == ["a.png", "b.png", "c.gif"]
     assert pictures.shape == (3, 3, 32, 32) and pictures.dtype == torch.uint8
     assert (pictures[0] == 128).all()
     assert pictures[1, :, 16, 16].tolist() == [255, 0, 0]
-    assert "notes.txt" in caplog.text
+    assert "Skipped notes.txt" in caplog.text
+    assert "Skipped the folder more" in caplog.text
 
 
 def test_a_name_of_any_bytes_is_a_text(tmp_path):

@@ -60,6 +60,14 @@ def test_a_rise_of_one_step_is_refused(model):
         built(model, f"scheduler.pct_start={1 / 24}")
 
 
+@pytest.mark.parametrize(("steps_of_rise", "warned"), [(0.5, True), (1.5, False)])
+def test_a_rise_of_less_than_a_step_is_said(model, caplog, steps_of_rise, warned):
+    optimizer, _ = built(model, f"scheduler.pct_start={steps_of_rise / 24}", "scheduler.div_factor=10")
+    starts_at_the_bottom = optimizer.param_groups[0]["lr"] == pytest.approx(optimizer.param_groups[0]["max_lr"] / 10)
+    assert starts_at_the_bottom != warned
+    assert ("nothing rises" in caplog.text) == warned
+
+
 def test_a_schedule_that_waits_for_a_metric_is_refused():
     given = ["scheduler=constant", "scheduler._target_=torch.optim.lr_scheduler.ReduceLROnPlateau"]
     [(cfg, _)] = compose(parse_arguments(given)).jobs
