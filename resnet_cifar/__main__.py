@@ -16,9 +16,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from resnet_cifar import sweep, sweep_worker
-from resnet_cifar.compose import CONF, VERSION_BASE, Composition, compose, parse_arguments
+from resnet_cifar.compose import Composition, compose, parse_arguments
 from resnet_cifar.console import log_failure, nobody_reads, say, short
 from resnet_cifar.errors import ConfigError, StorageError, UserError
+from resnet_cifar.hydra_setup import CONF, VERSION_BASE
 from resnet_cifar.signals import STOPPED
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # the shell's: 128 and the number of the signal

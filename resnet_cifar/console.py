@@ -12,9 +12,9 @@ from typing import TextIO
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 
-from resnet_cifar.compose import quoted
 from resnet_cifar.errors import UserError
 from resnet_cifar.passwords import without_passwords
+from resnet_cifar.suggestions import quoted
 
 # Its records go to run.log only (conf/hydra/job_logging): the terminal has the short message.
 failures = logging.getLogger("resnet_cifar.failure")

@@ -10,11 +10,13 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from resnet_cifar import schema
-from resnet_cifar.compose import HYDRA_FILE, outputs, quoted
+from resnet_cifar.compose import HYDRA_FILE
 from resnet_cifar.delivery import read_records
 from resnet_cifar.errors import CheckpointError, ConfigError
+from resnet_cifar.hydra_setup import outputs
 from resnet_cifar.loop import Progress, Training
 from resnet_cifar.recording import Invocation, find_run, run_id
+from resnet_cifar.suggestions import quoted
 from resnet_cifar.sweep import status
 from resnet_cifar.tracked_run import SUMMARY
 

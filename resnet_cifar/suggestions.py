@@ -1,8 +1,9 @@
-"""How keys are written, and what a mistyped key or option was probably meant to be."""
+"""How keys and values are written, and what a mistyped key or option was probably meant to be."""
 
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -17,6 +18,11 @@ def keys(container: Mapping[str, Any], parent: str = "") -> Iterator[str]:
 def dotted(key: str) -> str:
     """A key as Hydra writes it: a place in a list after a dot, `transforms.0` for `transforms[0]`."""
     return re.sub(r"\[(\d+)\]", r".\1", key)
+
+
+def quoted(path: Path | str) -> str:
+    """The path as a value on Hydra's command line, whatever characters it has."""
+    return "'" + str(path).replace("'", "\\'") + "'"
 
 
 def closest(given: str, known: Iterable[str]) -> list[str]:

@@ -19,11 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from resnet_cifar.artifact_files import write_whole
-from resnet_cifar.compose import HYDRA_FILE, Sweep, quoted
+from resnet_cifar.compose import HYDRA_FILE, Sweep
 from resnet_cifar.console import say
 from resnet_cifar.environment import without_environment
 from resnet_cifar.errors import ConfigError, StorageError, UserError
 from resnet_cifar.fingerprint import config_hash, source_hash
+from resnet_cifar.suggestions import quoted
 
 PLAN, FAILED, STATUS, SUMMARY_ERROR = "sweep.json", "failed_jobs.txt", "status.txt", "summary_error.txt"
 RUN, RESUME, SKIP = "run", "resume", "skip"

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resnet_cifar.artifact_files import write_whole
-from resnet_cifar.compose import outputs
 from resnet_cifar.console import setting
 from resnet_cifar.delivery import Journal, Lane, Record, reason
+from resnet_cifar.hydra_setup import outputs
 from resnet_cifar.passwords import without_passwords
 
 if TYPE_CHECKING:

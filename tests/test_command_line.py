@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from resnet_cifar import __main__, compose, console, experiment, sweep_summary
+from resnet_cifar import __main__, compose, composition_errors, console, experiment, hydra_setup, sweep_summary
 from resnet_cifar.errors import DataError, DivergedError, StorageError
 
 ROOT = Path(__file__).parent.parent
@@ -161,7 +161,7 @@ def test_a_wrong_preset_of_the_users_own_is_refused(command, tmp_path, text, par
 
 
 def test_a_launcher_that_is_not_installed_is_named_with_its_extra(command, monkeypatch):
-    monkeypatch.setitem(compose.LAUNCHER_EXTRAS, "not_installed", "parallel")
+    monkeypatch.setitem(composition_errors.LAUNCHER_EXTRAS, "not_installed", "parallel")
     code, _, err = command("-m", "hydra/launcher=not_installed", "seed=0,1")
     assert code == 2
     assert 'pip install -e ".[parallel]"' in err
@@ -298,12 +298,12 @@ def test_help_is_a_documentation(command):
     code, out, _ = command("--help")
     assert code == 0
     assert len(re.findall(r"^python run.py", out, flags=re.MULTILINE)) == 5
-    for path in (compose.CONF / "experiment").glob("*.yaml"):
+    for path in (hydra_setup.CONF / "experiment").glob("*.yaml"):
         purpose = path.read_text().splitlines()[1].lstrip("# ")
         assert f"{path.stem} {purpose}" in " ".join(out.split())
     assert max(map(len, out.splitlines())) <= 80
     for group in ("model", "data", "augmentation", "optimizer", "scheduler", "tracking"):
-        options = sorted(path.stem for path in (compose.CONF / group).glob("*.yaml"))
+        options = sorted(path.stem for path in (hydra_setup.CONF / group).glob("*.yaml"))
         assert f"{group} {', '.join(options)}" in " ".join(out.split())
 
 
@@ -404,9 +404,9 @@ def test_the_default_output_folder_is_the_checkouts_whatever_the_working_directo
 
 
 def test_an_installed_wheel_writes_into_the_working_directory(monkeypatch, tmp_path):
-    monkeypatch.setattr(compose, "INSTALLED", True)
+    monkeypatch.setattr(hydra_setup, "INSTALLED", True)
     monkeypatch.chdir(tmp_path)
-    assert compose.outputs() == str(tmp_path / "outputs")
+    assert hydra_setup.outputs() == str(tmp_path / "outputs")
 
 
 def test_a_job_in_its_own_folder_shows_paths_from_where_the_command_was_given(command, job, monkeypatch, tmp_path):

@@ -4,7 +4,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from resnet_cifar import parts, schema
-from resnet_cifar.compose import CONF, compose, parse_arguments
+from resnet_cifar.compose import compose, parse_arguments
+from resnet_cifar.hydra_setup import CONF
 from resnet_cifar.suggestions import keys
 
 GROUPS = sorted(path for path in CONF.rglob("*.yaml") if path.parent not in (CONF, *CONF.glob("hydra/*")))

@@ -15,7 +15,8 @@ from processes import REPOSITORY
 from sweep_results import SWEEP, assert_one_run_for_each_seed, assert_seeds_1_and_2_failed
 
 from resnet_cifar import sweep_worker
-from resnet_cifar.compose import CONF, compose, parse_arguments
+from resnet_cifar.compose import compose, parse_arguments
+from resnet_cifar.hydra_setup import CONF
 from resnet_cifar.process_identity import _started
 
 PARALLEL = "hydra/launcher=parallel"

@@ -5,7 +5,7 @@ import re
 import pytest
 from readme import README, table
 
-from resnet_cifar.compose import CONF
+from resnet_cifar.hydra_setup import CONF
 
 PRESETS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 

@@ -16,9 +16,10 @@ from processes import after_steps, killed_before_it_is_recorded, signals, some_s
 from sweep_results import SWEEP, assert_one_run_for_each_seed, assert_seeds_1_and_2_failed, runs
 
 from resnet_cifar import fingerprint, leaderboard, sweep, sweep_figures, sweep_store, sweep_summary
-from resnet_cifar.compose import compose, parse_arguments, quoted
+from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.fingerprint import config_hash, source_hash
 from resnet_cifar.leaderboard import Result
+from resnet_cifar.suggestions import quoted
 
 STEPS_PER_JOB = 16
 

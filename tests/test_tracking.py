@@ -18,10 +18,10 @@ from mlflow_stub import StubServer
 
 from resnet_cifar import delivery, store_errors, tracked_run, tracking
 from resnet_cifar.artifact_files import link_or_copy
-from resnet_cifar.compose import outputs
 from resnet_cifar.delivery import Journal
 from resnet_cifar.deployed_model import DeployedModel
 from resnet_cifar.errors import CheckpointError, ConfigError, StorageError
+from resnet_cifar.hydra_setup import outputs
 from resnet_cifar.process_identity import identity, is_alive, is_gone
 from resnet_cifar.sync import sync_all
 

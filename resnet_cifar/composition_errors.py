@@ -1,0 +1,132 @@
+"""Why a command line cannot be composed: Hydra's, OmegaConf's and YAML's errors in words that say what would be right."""
+
+import argparse
+import inspect
+import re
+import shlex
+from contextlib import suppress
+from typing import get_args
+
+import yaml
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from resnet_cifar.errors import ConfigError
+from resnet_cifar.hydra_setup import CONF, started_hydra, without_hydra
+from resnet_cifar.suggestions import closest, did_you_mean, dotted, keys, quoted
+
+# The plugins' launchers behind our presets, and the extra that installs each.
+LAUNCHER_EXTRAS = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "cluster"}
+
+
+def explained(error: Exception, arguments: argparse.Namespace) -> str:
+    """Hydra's, OmegaConf's or YAML's error in one or two lines that name the key and what would be right."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: not valid YAML: {error.problem}"
+    if isinstance(error, OverrideParseException):
+        return _unreadable(str(error.override), arguments)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return _missing_option(error)
+    first_line = (str(error) or str(error.__cause__)).splitlines()[0]
+    if ambiguous := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'(?: requires|$)", first_line):
+        return f"{ambiguous[1]} is a sweep over several values: run it with -m, python run.py -m {ambiguous[1]}"
+    if present := re.match(r"Multiple values for (\w+)|Could not append .* already at '([^']*)'", first_line):
+        key = present[1] or present[2]
+        return f"{key} has a value already: write {key}=..., once and without a +"
+    if unknown := re.match(r"Could not (?:override|delete from config\.) '([^']*)'", first_line):
+        return _unknown_key(unknown[1], arguments)
+    return f"{first_line} (given: {' '.join(arguments.overrides)})"
+
+
+def _unreadable(override: str, arguments: argparse.Namespace) -> str:
+    key, equals, value = override.partition("=")
+    if dotted(key) != key:
+        return f"cannot read {key}: a place in a list is written with a dot: {dotted(key)}{equals}{value}"
+    if not equals:
+        spaced = any(override.startswith("=") or override.endswith("=") for override in arguments.overrides)
+        hint = ", without a space" if spaced else _option_called(key)
+        return f"cannot read {key}: settings are written key=value{hint}"
+    if value.startswith("~") and value[1:2] not in ("", "/"):
+        return f"cannot read {override}: a value does not begin with ~, write a home folder out"
+    if value.startswith("~"):
+        return f"cannot read {override}: write the home folder out, \"{key}='$HOME{value[1:]}'\""
+    written = f"{key}={quoted(value)}"
+    written = shlex.quote(written) if set('$`"\\!') & set(written) else f'"{written}"'
+    return f"cannot read {override}: special characters want quotes, the shell's and Hydra's: {written}"
+
+
+def _option_called(name: str) -> str:
+    from resnet_cifar.schema import Task  # late: --help and --cfg need no types
+
+    options = [f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.stem == name]
+    meant = [f"task={name}"] if name in get_args(Task) else sorted(options)
+    return f"; did you mean {' or '.join(meant)}?" if meant else ""
+
+
+def _unknown_key(key: str, arguments: argparse.Namespace) -> str:
+    given = [override.partition("=") for override in arguments.overrides]
+    value = next((equals + value for name, equals, value in given if name == key), "")
+    if key.startswith("hydra.launcher."):
+        another = not any(override.startswith("hydra/launcher=") for override in arguments.overrides)
+        return f"{key} is no key of this launcher{': give hydra/launcher=parallel or another' if another else ''}"
+    if options := _options_with(key):
+        return f"{key} is not a key here: it goes with {' or '.join(options)}"
+    return f"{key} is not a key{did_you_mean(key, known_keys(arguments), value) or _with_a_plus(key, value, arguments)}"
+
+
+def _options_with(key: str) -> list[str]:
+    """The options of conf/ that have the key which the chosen ones lack, as `scheduler=one_cycle`."""
+    section, _, name = key.partition(".")
+    found = []
+    for path in sorted((CONF / section).glob("*.yaml")) if name and section != "experiment" else ():
+        with suppress(yaml.YAMLError, OmegaConfBaseException):
+            option = OmegaConf.load(path)
+            if name != "defaults" and name in option.get(section, option):
+                found.append(f"{section}={path.stem}")
+    return found
+
+
+def _with_a_plus(key: str, value: str, arguments: argparse.Namespace) -> str:
+    """For a key that is not in the configuration and could be: what a `_target_` or Grad-CAM takes beside what is there."""
+    from resnet_cifar.targets import resolve  # late: the target's own imports take seconds
+
+    section, _, name = key.rpartition(".")
+    if not section or not value:
+        return ""
+    if section == "explain.layers":
+        return f"; another layer wants a +: +{key}{value}"
+    target = OmegaConf.select(_group_choices_alone(arguments), f"{section}._target_")
+    with suppress(ConfigError, ValueError):  # a target that cannot be imported, or has no signature
+        if target and (taken := closest(name, inspect.signature(resolve(target)).parameters)):
+            return f"; another argument of {target.rpartition('.')[2]} wants a +: +{section}.{taken[0]}{value}"
+    return ""
+
+
+def _missing_option(error: MissingConfigException) -> str:
+    group, _, option = error.missing_cfg_file.rpartition("/")
+    if group == "hydra/launcher" and option in LAUNCHER_EXTRAS:
+        return f'hydra/launcher={option} is not installed: pip install -e ".[{LAUNCHER_EXTRAS[option]}]"'
+    if not error.options:
+        return str(error).splitlines()[0]
+    return f"{group}={option}: choose from {', '.join(error.options)}{did_you_mean(option, error.options)}"
+
+
+def known_keys(arguments: argparse.Namespace) -> list[str]:
+    """Every key that can be overridden, and the groups."""
+    known = keys(OmegaConf.to_container(_group_choices_alone(arguments), resolve=False))
+    return [*(key for key in known if not key.endswith("._target_")), *_groups()]
+
+
+def _group_choices_alone(arguments: argparse.Namespace) -> DictConfig:
+    """The configuration as composed from the command line's group choices alone, as far as they are right."""
+    choices = [override for override in arguments.overrides if override.partition("=")[0] in _groups()]
+    for overrides in (choices, []):
+        with suppress(ConfigCompositionException), started_hydra(arguments) as hydra:
+            return without_hydra(hydra.config_loader.load_configuration("config", overrides, RunMode.MULTIRUN))
+    return OmegaConf.create()
+
+
+def _groups() -> set[str]:
+    return {path.name for path in CONF.iterdir() if path.is_dir()}
