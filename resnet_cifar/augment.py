@@ -142,6 +142,10 @@ class Cutout(BatchTransform):
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         number, channels, height, width = images.shape
+        if self.size > min(height, width):
+            raise ConfigError(
+                f"Cutout: size={self.size} should be at most {min(height, width)}, the pixels of an image"
+            )
         rows = self._inside(height, images, generator).unsqueeze(2)
         columns = self._inside(width, images, generator).unsqueeze(1)
         first_row = torch.arange(number, device=images.device).view(-1, 1, 1) * height

@@ -88,6 +88,17 @@ def load(path: Path, network: nn.Module | None = None) -> dict[str, Any]:
     raise CheckpointError(f"No checkpoint in {path}: a run's folder holds checkpoints/{LAST}.")
 
 
+def is_plain(state: Any) -> bool:
+    """Whether `state` can be read back from a checkpoint, which loads plain types and tensors alone."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(state, buffer)
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except Exception:  # of what cannot be pickled, or not be unpickled, almost any
+        return False
+    return True
+
+
 def evaluated_weights(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The weights that the run evaluates: their moving average where it keeps one, else the network's own."""
     averaged = state.get("averaged")  # not in checkpoints from before there was one

@@ -83,7 +83,7 @@ def as_images(dataset: LabelledImages) -> Images:
     if min(array.strides) < 0:  # which torch does not have
         array = array.copy()
     pixels = torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-    labels, classes = torch.as_tensor(dataset.targets, dtype=torch.long), tuple(dataset.classes)
+    labels, classes = torch.as_tensor(dataset.targets, dtype=torch.long), tuple(map(str, dataset.classes))
     if labels.shape != (len(array),) or not set(labels.tolist()) <= set(range(len(classes))):
         raise DataError(
             f"The `targets` of {type(dataset).__name__} should be {len(array)} numbers, one for each image,\n"

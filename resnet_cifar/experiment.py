@@ -168,7 +168,7 @@ def train_in_stages(cfg: DictConfig, invocation: Invocation, world: World = ALON
                 report.draw_training_images(
                     folder, seen, cfg.explain.num_images, built.augment.normalise, built.classes
                 )
-                report.draw_curves(folder, evaluated_on, steps)
+                report.draw_curves(folder, evaluated_on, steps, training.label_smoothing)
                 log_range_test(folder, tracked_run)
         if stop.signal_number:  # it came after the last step, while the curves were drawn
             raise SystemExit(stop.exit_code)

@@ -109,9 +109,12 @@ def grad_cam(
 
 
 @matplotlib.rc_context(STYLE)
-def loss_and_accuracy(history: Sequence[Mapping[str, float]], evaluated_on: str) -> Figure:
+def loss_and_accuracy(
+    history: Sequence[Mapping[str, float]], evaluated_on: str, label_smoothing: float = 0.0
+) -> Figure:
     """Mean loss per image and accuracy (%) of every epoch, on the training images and on `evaluated_on` (test or val).
 
+    A training with `label_smoothing` minimises another loss than is evaluated, and the legend says so.
     Rows have `epoch` from 1, `train_loss`, `train_accuracy`, `eval_loss` and `eval_accuracy`.
     """
     figure = Figure(figsize=(9, 4.2), layout="constrained")
@@ -123,7 +126,9 @@ def loss_and_accuracy(history: Sequence[Mapping[str, float]], evaluated_on: str)
         f"best {best['eval_accuracy']:.2f}% (epoch {best['epoch']})",
     }
     for axes, (quantity, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        for split, name, colour in (("train", "train", TRAIN), ("eval", evaluated_on, EVAL)):
+        smoothed = quantity == "loss" and label_smoothing
+        train = f"train, labels smoothed by {label_smoothing:g}" if smoothed else "train"
+        for split, name, colour in (("train", train, TRAIN), ("eval", evaluated_on, EVAL)):
             axes.plot(epochs, [row[f"{split}_{quantity}"] for row in history], "o-", color=colour, label=name)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("epoch")

@@ -11,6 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 # Where a run lies, where it is recorded and how it was asked for tell nothing about its result.
 ELSEWHERE = ("tracking", "sweep", "output_dir", "resume")
+# Data sets that are checked against their checksums, or come with a library: the same in every folder.
+SAME_ANYWHERE = ("torchvision.datasets.", "resnet_cifar.data.Digits")
 
 
 @functools.cache
@@ -27,8 +29,10 @@ def config_hash(cfg: DictConfig) -> str:
     container = OmegaConf.to_container(cfg, resolve=True)
     for key in ELSEWHERE:
         container.pop(key, None)
-    for holder in (container.get("data", {}), container.get("data", {}).get("dataset", {})):
-        holder.pop("root", None)
+    data = container.get("data", {})
+    if data.get("dataset", {}).get("_target_", "").startswith(SAME_ANYWHERE):
+        data.pop("root", None)
+        data["dataset"].pop("root", None)
     container.get("trainer", {}).pop("checkpoint_minutes", None)
     if container.get("checkpoint") is not None:
         container["checkpoint"] = [container["checkpoint"], _end_of_checkpoint(Path(container["checkpoint"]))]

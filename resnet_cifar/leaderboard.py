@@ -4,6 +4,7 @@ import csv
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -137,7 +138,12 @@ def table(found: Sequence[Result]) -> list[dict[str, Any]]:
         )
         row["error"] = "; ".join(dict.fromkeys(result.error for result in group if result.error))
         rows.append(row)
-    return sorted(rows, key=lambda row: (-1 if row[metric] is None else row[metric], -(row[loss] or 0)), reverse=True)
+    return sorted(rows, key=lambda row: (or_worst(row[metric]), or_worst(row[loss], sign=-1)), reverse=True)
+
+
+def or_worst(value: float | None, sign: int = 1) -> float:
+    """`sign` times the value, by which rows are ordered; what has none comes last."""
+    return -inf if value is None else sign * value
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
@@ -158,7 +164,8 @@ def _in_words(row: dict[str, Any]) -> str:
     metric = _metric(row)
     point = job_name({key: row[key] for key in list(row)[: list(row).index(metric)]}, None)
     cells = [_cell(key, row[key], 0) for key in (metric, "deviation") if row.get(key) is not None]
-    runs = f" ({row['runs']} runs)" if row.get("runs", 1) > 1 else ""
+    all_finished = re.fullmatch(r"(\d+ )?FINISHED", row["status"])  # a mean over those that came through says so
+    runs = f" ({row['status']})" if not all_finished else f" ({row['runs']} runs)" if row.get("runs", 1) > 1 else ""
     return f"{point + ': ' if point else ''}{metric} {' '.join(cells)}{runs}"
 
 
@@ -170,7 +177,7 @@ def rows_of_runs(found: Sequence[Result]) -> list[dict[str, Any]]:
             **result.values,
             metric: score(result, metric),
             "last_epoch_loss": result.loss,
-            "test/accuracy": result.test_accuracy,
+            **({} if metric == "test/accuracy" else {"test/accuracy": result.test_accuracy}),
             "seconds": result.seconds,
             "found_lr": result.found_lr,
             "status": result.status,

@@ -58,7 +58,8 @@ class Muon(Optimizer):
                 if parameter.ndim == 4:
                     step = _nesterov(parameter.grad, buffer, group["muon_momentum"])
                     matrix = orthogonal(step.flatten(1), group["newton_schulz_steps"])
-                    parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
+                    # Zeros have no norm, with which the last convolution of some residual branches starts.
+                    parameter.mul_(len(parameter) ** 0.5 / parameter.norm().clamp_min(1e-7))
                     parameter.sub_(matrix.view_as(step), alpha=group["lr"])
                 else:
                     gradient = parameter.grad.add(parameter, alpha=group["weight_decay"])

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from resnet_cifar.augment import Augmentation, Normalise
 from resnet_cifar.data import Images, as_images, dataset_error, hold_out, subset
-from resnet_cifar.errors import ConfigError
+from resnet_cifar.errors import ConfigError, DataError
 from resnet_cifar.explain import check_layer
 from resnet_cifar.targets import check_arguments, instantiate, resolve
 
@@ -132,6 +132,13 @@ def check_targets(cfg: DictConfig) -> None:
     check_arguments(cfg.data.dataset, "train")
     check_arguments(cfg.model, "num_classes")
     check_arguments(cfg.optimizer, "params")
+    _check_step(cfg.optimizer._target_)
+    one_cycle = cfg.scheduler._target_.endswith(".OneCycleLR")
+    for name in ("last_epoch", *(("total_steps", "epochs", "steps_per_epoch") if one_cycle else ())):
+        if name in cfg.scheduler:
+            raise ConfigError(
+                f"scheduler.{name}={cfg.scheduler[name]}: the schedule begins and ends with the training; leave it out"
+            )
     check_arguments(cfg.scheduler, "optimizer", *_length_arguments(cfg.scheduler))
     if "metrics" in inspect.signature(resolve(cfg.scheduler._target_).step).parameters:
         raise ConfigError(
@@ -145,6 +152,14 @@ def check_targets(cfg: DictConfig) -> None:
             f"optimizer._target_={cfg.optimizer._target_} has no momentum, which the schedule would cycle:\n"
             "give scheduler.cycle_momentum=false with it"
         )
+
+
+def _check_step(optimizer: str) -> None:
+    closure = inspect.signature(resolve(optimizer).step).parameters.get("closure")
+    wants_closure = closure is not None and closure.default is closure.empty
+    if wants_closure or optimizer.endswith(".SparseAdam"):
+        wants = "a closure" if wants_closure else "sparse gradients"
+        raise ConfigError(f"optimizer._target_={optimizer} wants {wants}, which a training here does not have")
 
 
 def _cycles_momentum(scheduler: DictConfig) -> bool:
@@ -176,10 +191,15 @@ def load_train_and_val(data: DictConfig) -> tuple[Images, Images | None]:
 
 def _load(data: DictConfig, train: bool) -> tuple[Images, Images | None]:
     try:
-        return _read(OmegaConf.to_yaml(data.dataset, resolve=True), train, data.val_size if train else 0)
+        images, held_out = _read(OmegaConf.to_yaml(data.dataset, resolve=True), train, data.val_size if train else 0)
     except (OSError, RuntimeError, EOFError) as error:
         subfolder = getattr(resolve(data.dataset._target_), "base_folder", "")
         raise dataset_error(error, data.root, subfolder) from error
+    if (channels := images.images.shape[1]) != len(data.mean):
+        raise DataError(
+            f"The images of {data.dataset._target_} have {channels} channels; they should have {len(data.mean)}."
+        )
+    return images, held_out
 
 
 @functools.lru_cache(maxsize=2)
@@ -209,7 +229,10 @@ def build_model(model: DictConfig, num_classes: int, device: torch.device, chann
 
 def build_optimizer(optimizer: DictConfig, param_groups: DictConfig, model: nn.Module) -> Optimizer:
     """The optimizer, a group for each factor of the learning rate and each decay, in the order of the model's parameters."""
-    norm_biases = {module.bias for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
+    norm_layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norm_biases = {layer.bias for layer in norm_layers if layer.bias is not None}
+    if param_groups.norm_bias_lr_factor != 1 and not norm_biases:
+        raise ConfigError("param_groups.norm_bias_lr_factor would do nothing: the model has no batch norm with a bias")
     grouped: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         factor = param_groups.norm_bias_lr_factor if parameter in norm_biases else 1.0
@@ -222,20 +245,21 @@ def build_optimizer(optimizer: DictConfig, param_groups: DictConfig, model: nn.M
     return instantiate(optimizer, params=groups)
 
 
+def check_rise(scheduler: DictConfig, total_steps: int) -> None:
+    """Refuse a one-cycle schedule whose rise has too few of the `total_steps` for torch; warn where it has none."""
+    rise = total_steps * scheduler.get("pct_start", 0)
+    said = f"scheduler.pct_start={scheduler.get('pct_start')} of {total_steps} steps is"
+    if rise == 1:  # torch divides by the steps of the rise less one
+        raise ConfigError(f"{said} one step, in which nothing can rise; give more or less")
+    if 0 < rise < 1 and scheduler.get("three_phase"):  # torch's second phase would start below the first one's start
+        raise ConfigError(f"{said} less than one, with which a schedule of three phases never rises; give more")
+    if 0 < rise < 1:
+        log.warning("%s less than one: nothing rises, the learning rate only falls.", said)
+
+
 def build_scheduler(scheduler: DictConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
     """The schedule over `total_steps` optimizer steps."""
     supplied: dict[str, Any] = dict.fromkeys(_length_arguments(scheduler), total_steps)
-    if total_steps * scheduler.get("pct_start", 0) == 1:  # torch divides by the steps of the rise less one
-        raise ConfigError(
-            f"scheduler.pct_start={scheduler.pct_start} of {total_steps} steps is one step, in which nothing can rise; "
-            "give more or less"
-        )
-    if 0 < total_steps * scheduler.get("pct_start", 0) < 1:
-        log.warning(
-            "scheduler.pct_start=%g of %d steps is less than one: nothing rises, the learning rate only falls.",
-            scheduler.pct_start,
-            total_steps,
-        )
     groups = optimizer.param_groups
     if "max_lr" in scheduler and len(groups) > 1:  # one peak for each, in the proportion of their learning rates
         supplied["max_lr"] = [scheduler.max_lr * group["lr"] / groups[0]["lr"] for group in groups]

@@ -3,6 +3,7 @@
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,11 +105,12 @@ def draw_lr_finder(folder: Path, curve: RangeTest, chosen_lr: float, select: str
     save_figure(folder, "lr_finder", lambda: resnet_cifar.figures.lr_finder(curve.lrs, curve.losses, chosen_lr, select))
 
 
-def draw_curves(folder: Path, evaluated_on: str, steps_per_epoch: int) -> None:
+def draw_curves(folder: Path, evaluated_on: str, steps_per_epoch: int, label_smoothing: float) -> None:
     """Loss and accuracy by epoch and the learning rate by step, from the tables in the folder."""
     if (folder / "history.csv").exists():
         history = read_csv(folder / "history.csv")
-        save_figure(folder, "loss_and_accuracy", lambda: resnet_cifar.figures.loss_and_accuracy(history, evaluated_on))
+        draw = partial(resnet_cifar.figures.loss_and_accuracy, history, evaluated_on, label_smoothing)
+        save_figure(folder, "loss_and_accuracy", draw)
     if (folder / "lr_history.csv").exists():
         lrs = [row["lr"] for row in read_csv(folder / "lr_history.csv")]
         save_figure(folder, "lr_history", lambda: resnet_cifar.figures.lr_history(lrs, steps_per_epoch))

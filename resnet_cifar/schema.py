@@ -171,7 +171,7 @@ class LRFinder(TypedDict):
 
 @closed
 class Explain(TypedDict):
-    num_images: Count
+    num_images: Annotated[int, Field(ge=1, le=200)]  # explained in one batch, drawn in one figure
     images: Text | None
     layers: dict[FileName, Text]
 

@@ -88,7 +88,9 @@ def ranked_points(finished: Sequence[Result], metric: str) -> list[list[Result]]
     """The points, the highest mean first as in the leaderboard; of each its runs, the best first."""
 
     def rank(*results: Result) -> tuple[float, float]:
-        return mean(_known_score(result, metric) for result in results), -mean(result.loss or 0 for result in results)
+        return mean(_known_score(result, metric) for result in results), mean(
+            leaderboard.or_worst(result.loss, sign=-1) for result in results
+        )
 
     points = leaderboard.points(sorted(finished, key=rank, reverse=True))
     return sorted(points, key=lambda point: rank(*point), reverse=True)

@@ -1,5 +1,6 @@
 """A training put together from its configuration: what it starts from, its parts, and the state that going on needs."""
 
+import copy
 import dataclasses
 import logging
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resnet_cifar import checkpoint, parts, resume
-from resnet_cifar.data import Images, steps_per_epoch
+from resnet_cifar.data import Images, seeded, steps_per_epoch
 from resnet_cifar.distributed import ALONE, World
 from resnet_cifar.environment import without_environment
+from resnet_cifar.errors import ConfigError, DataError
 from resnet_cifar.loop import Progress, Training
 from resnet_cifar.recording import Invocation
 
@@ -32,13 +34,22 @@ class Start:
 
 
 def load(cfg: DictConfig, invocation: Invocation, world: World = ALONE) -> Start:
-    """The images, the network with its initial weights, and a resumed run's checkpoint."""
+    """The images, the network with its initial weights, and a resumed run's checkpoint.
+
+    Raises:
+        ConfigError, DataError: the parts do not go together, which would end the training later.
+    """
     if world.rank > 0:
         world.wait_for_first()  # it may have to download the images
     train_images, val_images = parts.load_train_and_val(cfg.data)
     test_images = parts.load_test(cfg.data)
     if world.rank == 0:
         world.wait_for_first()
+    if test_images.classes != train_images.classes:
+        raise DataError(
+            f"The training images have the classes {', '.join(train_images.classes)};\n"
+            f"the test images have {', '.join(test_images.classes)}."
+        )
     built = parts.build_parts(cfg, train_images.classes)
     # Stopped before its first checkpoint, a run starts again.
     resumable = invocation.resumed and checkpoint.exists(invocation.folder / "checkpoints")
@@ -51,7 +62,77 @@ def load(cfg: DictConfig, invocation: Invocation, world: World = ALONE) -> Start
         parts.multiply_matrices_in(built.precision)
     train_images, test_images = train_images.to(built.device), test_images.to(built.device)
     held_out = test_images if val_images is None else val_images.to(built.device)
+    rehearse(cfg, built, train_images, test_images)
     return Start(built, train_images, held_out, test_images, state)
+
+
+def rehearse(cfg: DictConfig, built: parts.Parts, train_images: Images, test_images: Images) -> None:
+    """Try what a training does, on a copy of the network and at most two images, before anything is done in earnest.
+
+    Raises:
+        ConfigError: images, augmentation, network, optimizer and schedule do not go together.
+    """
+    network, device = copy.deepcopy(built.network), built.device
+    total_steps = cfg.trainer.epochs * steps_per_epoch(train_images, cfg.data.batch_size)
+    parts.check_rise(cfg.scheduler, total_steps)
+    if cfg.trainer.ema_decay**total_steps > 0.1:
+        log.warning(
+            "trainer.ema_decay=%g of %d steps: the average, which is evaluated, is mostly of the first steps' weights.",
+            cfg.trainer.ema_decay,
+            total_steps,
+        )
+    optimizer = parts.build_optimizer(cfg.optimizer, cfg.param_groups, network)
+    peak = {"max_lr": cfg.optimizer.lr} if cfg.scheduler.get("max_lr") == "find" else {}
+    scheduler = parts.build_scheduler(OmegaConf.merge(cfg.scheduler, peak), optimizer, total_steps)
+    optimizer.step()  # without gradients: it moves nothing, and the schedule wants it first
+    scheduler.step()
+    for name, part in ((cfg.optimizer._target_, optimizer), (cfg.scheduler._target_, scheduler)):
+        if not checkpoint.is_plain(part.state_dict()):
+            raise ConfigError(
+                f"{name} has a state that no checkpoint could be read back with: keep plain numbers and tensors in it,\n"
+                "none of NumPy's"
+            )
+    # Batch norm cannot train on one number a channel; without SyncBatchNorm each process has its own.
+    last_batch = len(train_images) % cfg.data.batch_size or cfg.data.batch_size
+    share = last_batch // cfg.trainer.devices if device.type == "cpu" else last_batch
+    few = train_images[: min(2, max(1, share))]
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        shown = built.augment.normalise(test_images.images[:2])
+        first, last = (_augmented(built, few, cfg.seed, epoch) for epoch in (1, cfg.trainer.epochs))
+        if last.shape[1:] != shown.shape[1:]:
+            raise ConfigError(
+                f"augmentation.transforms makes images of {_size(last)} pixels, and {_size(shown)} are evaluated:\n"
+                "give transforms that keep the size"
+            )
+        for images in (first, last):
+            _try_network(network.train(), images, cfg.model._target_, len(built.classes))
+        _try_network(network.eval(), shown, cfg.model._target_, len(built.classes))
+
+
+def _augmented(built: parts.Parts, images: Images, seed: int, epoch: int) -> torch.Tensor:
+    try:
+        return built.augment(images.images, seeded(seed, device=built.device), epoch=epoch)
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"augmentation.transforms cannot be used on these images: {reason}") from error
+
+
+def _try_network(network: nn.Module, images: torch.Tensor, name: str, num_classes: int) -> None:
+    number = len(images)
+    said = f"{name}, given {number} image{'s' if number > 1 else ''} of {_size(images)} pixels,"
+    try:
+        logits = network(images)
+    except Exception as error:  # a model of the user's own can raise anything
+        reason = f"{said} fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        last_batch = "\nThe last batch has no more for a process: change data.batch_size or data.train_size"
+        raise ConfigError(reason + last_batch * (network.training and number == 1)) from error
+    if not isinstance(logits, torch.Tensor) or logits.shape != (number, num_classes):
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ConfigError(f"{said} should return logits of {(number, num_classes)}, a row for each: it returns {found}")
+
+
+def _size(images: torch.Tensor) -> str:
+    return "x".join(map(str, images.shape[2:]))
 
 
 def begin(cfg: DictConfig, start: Start, max_lr: float | None, world: World = ALONE) -> tuple[Training, Progress]:

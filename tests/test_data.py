@@ -86,6 +86,12 @@ def test_labels_of_any_integer_type_become_int64():
     assert as_images(SimpleNamespace(data=pixels, targets=labels, classes=("a", "b"))).labels.dtype == torch.int64
 
 
+def test_names_of_classes_are_plain_text_that_a_checkpoint_can_hold():
+    pixels, names = np.zeros((2, 32, 32, 3), dtype=np.uint8), np.array(["cat", "dog"])
+    classes = as_images(SimpleNamespace(data=pixels, targets=[0, 1], classes=names)).classes
+    assert [type(name) for name in classes] == [str, str]
+
+
 def test_cifar10_is_the_real_one(cifar10):
     test = as_images(torchvision.datasets.CIFAR10(cifar10, train=False))
     assert test.images.shape == (10_000, 3, 32, 32)

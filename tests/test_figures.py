@@ -165,6 +165,12 @@ def test_loss_and_accuracy_draw_the_history_of_the_split_they_name():
     assert list(loss.lines[1].get_ydata()) == [2.0, 2.0, 2.0]
 
 
+def test_a_loss_of_smoothed_labels_says_so_and_an_accuracy_does_not():
+    loss, accuracy = figures.loss_and_accuracy(HISTORY, "test", label_smoothing=0.1).axes
+    names = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in (loss, accuracy)]
+    assert names == [["train, labels smoothed by 0.1", "test"], ["train", "test"]]
+
+
 def test_a_single_epoch_has_a_visible_point_and_one_tick():
     figure = figures.loss_and_accuracy(HISTORY[:1], "test")
     figure.draw_without_rendering()

@@ -41,6 +41,14 @@ def test_a_convolution_keeps_its_norm_and_moves_by_the_learning_rate():
     assert step.min() > 0.05 and step.max() < 0.13
 
 
+def test_a_convolution_that_starts_as_zeros_begins_to_move():
+    convolution = nn.Conv2d(3, 8, 3)
+    nn.init.zeros_(convolution.weight)
+    convolution(torch.ones(1, 3, 4, 4)).sum().backward()
+    Muon(convolution.parameters(), lr=0.1).step()
+    assert 0 < convolution.weight.norm() < 1
+
+
 def test_the_scale_of_a_gradient_is_nothing_to_a_convolution():
     weights = []
     for scale in (1.0, 1000.0):

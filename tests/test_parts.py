@@ -16,6 +16,7 @@ from torch import nn
 from resnet_cifar import parts, schema
 from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.custom_resnet import CustomResNet
+from resnet_cifar.data import Images
 from resnet_cifar.errors import ConfigError, DataError
 
 
@@ -27,6 +28,7 @@ def model():
 def built(model, *overrides):
     [(cfg, _)] = compose(parse_arguments(["optimizer=sgd", "scheduler.max_lr=0.5", *overrides])).jobs
     optimizer = parts.build_optimizer(cfg.optimizer, cfg.param_groups, model)
+    parts.check_rise(cfg.scheduler, total_steps=24)
     return optimizer, parts.build_scheduler(cfg.scheduler, optimizer, total_steps=24)
 
 
@@ -60,6 +62,17 @@ def test_a_rise_of_one_step_is_refused(model):
         built(model, f"scheduler.pct_start={1 / 24}")
 
 
+def test_a_schedule_of_three_phases_that_would_never_rise_is_refused(model):
+    with pytest.raises(ConfigError, match="less than one, with which a schedule of three phases never rises"):
+        built(model, "scheduler.three_phase=true", f"scheduler.pct_start={0.5 / 24}")
+
+
+def test_a_factor_for_biases_that_are_not_there_is_refused():
+    without_batch_norm = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
+    with pytest.raises(ConfigError, match="norm_bias_lr_factor would do nothing"):
+        built(without_batch_norm, "param_groups.norm_bias_lr_factor=64")
+
+
 @pytest.mark.parametrize(("steps_of_rise", "warned"), [(0.5, True), (1.5, False)])
 def test_a_rise_of_less_than_a_step_is_said(model, caplog, steps_of_rise, warned):
     optimizer, _ = built(model, f"scheduler.pct_start={steps_of_rise / 24}", "scheduler.div_factor=10")
@@ -73,6 +86,33 @@ def test_a_schedule_that_waits_for_a_metric_is_refused():
     [(cfg, _)] = compose(parse_arguments(given)).jobs
     with pytest.raises(ConfigError, match="ReduceLROnPlateau waits for a metric"):
         parts.check_targets(cfg)
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        (["++scheduler.total_steps=100"], "scheduler.total_steps=100: the schedule begins and ends with the training"),
+        (["++scheduler.epochs=1", "++scheduler.steps_per_epoch=3"], "scheduler.epochs=1"),
+        (["scheduler=cosine", "++scheduler.last_epoch=5"], "scheduler.last_epoch=5"),
+        (
+            ["scheduler=constant", "optimizer._target_=torch.optim.LBFGS", "~optimizer.weight_decay"],
+            "LBFGS wants a closure",
+        ),
+        (["optimizer._target_=torch.optim.SparseAdam", "~optimizer.weight_decay"], "SparseAdam wants sparse gradients"),
+    ],
+)
+def test_what_would_stop_in_the_middle_of_a_training_is_refused_before_it(given, part):
+    [(cfg, _)] = compose(parse_arguments(["data=digits", *given])).jobs
+    with pytest.raises(ConfigError, match=part):
+        parts.check_targets(cfg)
+
+
+def test_images_of_another_number_of_channels_are_refused(monkeypatch):
+    [(cfg, _)] = compose(parse_arguments(["data=digits"])).jobs
+    grey = Images(torch.zeros(20, 1, 32, 32, dtype=torch.uint8), torch.zeros(20, dtype=torch.long), ("a",))
+    monkeypatch.setattr(parts, "_read", lambda *_: (grey, None))
+    with pytest.raises(DataError, match="have 1 channels; they should have 3"):
+        parts.load_test(cfg.data)
 
 
 def test_weight_decay_can_be_left_to_the_weights_alone(model):

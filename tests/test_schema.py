@@ -69,6 +69,7 @@ def test_accepts(override):
         ("~scheduler.three_phase", "scheduler.three_phase is required"),
         ("trainer.epochs=1.5", "trainer.epochs=1.5 should be a valid integer"),
         ("trainer.epochs=0", "trainer.epochs=0"),
+        ("explain.num_images=201", "explain.num_images=201"),
         ("trainer.device=gpu", "auto, cpu, mps, cuda or cuda:N"),
         ("trainer.precision=fp16", "'auto', 'fp32' or 'bf16'"),
         ("trainer.compile=1", "trainer.compile=1"),

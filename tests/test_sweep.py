@@ -101,6 +101,12 @@ def test_a_sweep_keeps_its_id_wherever_it_is_recorded_and_lies():
     assert there.sweep.job_folders == tuple(Path(f"/elsewhere/sweeps/{there.sweep.id}/{n}") for n in (0, 1))
 
 
+def test_a_data_set_of_ones_own_is_another_one_in_another_folder():
+    own = ["data=digits", "data.dataset._target_=resnet_cifar.mine.Mine", "+data.dataset.root=${data.root}"]
+    hashes = {config_hash(compose(parse_arguments([*own, f"data.root={root}"])).jobs[0][0]) for root in ("/a", "/b")}
+    assert len(hashes) == 2
+
+
 def test_other_jobs_make_another_sweep():
     ids = {composed(*given).sweep.id for given in (["seed=0,1"], ["seed=0,2"], ["seed=0,1", "trainer.epochs=3"])}
     assert len(ids) == 3
@@ -281,6 +287,16 @@ def test_of_equals_the_one_with_the_lower_loss_is_first():
     assert [point[0].loss for point in points] == [0.2, 0.3, 0.4]
 
 
+def test_an_unknown_loss_is_behind_a_known_one():
+    rows = leaderboard.table([replace(result({"lr": "1"}, 80.0), loss=None), result({"lr": "2"}, 80.0)])
+    assert [row["lr"] for row in rows] == ["2", "1"]
+
+
+def test_a_run_without_predictions_keeps_the_accuracy_of_its_last_epoch():
+    found = [replace(result({"lr": "1"}, 90.0), test_accuracy=None)]
+    assert [row["test/accuracy"] for row in leaderboard.rows_of_runs(found)] == [90.0]
+
+
 def test_val_accuracy_ranks_where_every_run_has_one():
     held_out = [
         result({"lr": "1"}, 70.0, "val", test_accuracy=60.0),
@@ -315,6 +331,10 @@ def test_the_verdict_names_the_best_point_and_the_next():
         "**Best: lr=0.208333: test/accuracy 82.00% ± 2.83 (2 runs).** Next of 2: lr=2: test/accuracy 70.00%."
     )
     assert leaderboard.verdict(leaderboard.table(found[3:])) == "**No run came to its end.**"
+    diverged = [result({"lr": "1", "seed": "0"}, 95.0), result({"lr": "1", "seed": "1"}, None, status="FAILED")]
+    assert leaderboard.verdict(leaderboard.table(diverged)) == (
+        "**Best: lr=1: test/accuracy 95.00% (1 FINISHED, 1 FAILED).**"
+    )
 
 
 def finished_job(folder, *predictions, columns="label,prediction"):
