@@ -73,7 +73,10 @@ def _unknown_key(key: str, arguments: argparse.Namespace) -> str:
         return f"{key} is no key of this launcher{': give hydra/launcher=parallel or another' if another else ''}"
     if options := _options_with(key):
         return f"{key} is not a key here: it goes with {' or '.join(options)}"
-    return f"{key} is not a key{did_you_mean(key, known_keys(arguments), value) or _with_a_plus(key, value, arguments)}"
+    known = known_keys(arguments)
+    if key in known:  # what is given is a mapping, with a key that is not there
+        return f"{key} has no entry of such a name; another one wants a +: +{key}{value}"
+    return f"{key} is not a key{did_you_mean(key, known, value) or _with_a_plus(key, value, arguments)}"
 
 
 def _options_with(key: str) -> list[str]:

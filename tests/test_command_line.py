@@ -73,6 +73,7 @@ def assert_short(message):
         ("optimizer.amsgrd=true", "wants a +: +optimizer.amsgrad=true"),
         ("explain.layers.mine=prep", "another layer wants a +: +explain.layers.mine=prep"),
         ("model.depth=3", "model.depth is not a key\n"),
+        ("explain.layers={mine:prep}", "another one wants a +: +explain.layers={mine:prep}"),
         ("augmentation.transforms[0].padding=2", "with a dot: augmentation.transforms.0.padding=2"),
         ("modle=custom_resnet", "did you mean model=custom_resnet?"),
         ("--epochs=3", "did you mean trainer.epochs=3?"),
