@@ -83,6 +83,8 @@ def check_command_line(argv: list[str]) -> Composition | None:
         if composition.sweep is None and (cfg.sweep.dry_run or cfg.sweep.rerun == "all"):
             key = "dry_run=true" if cfg.sweep.dry_run else "rerun=all"
             raise ConfigError(f"sweep.{key} would do nothing for a single run: give it with -m")
+        if cfg.resume is not None and not any(override.lstrip("+").startswith("resume=") for override in overrides):
+            raise ConfigError("resume in a YAML file would continue nothing: give it on the command line alone")
         if cfg.resume is None and composition.folder is not None and (composition.folder / "config.yaml").exists():
             from resnet_cifar.recording import check_unused  # late: torch alone takes seconds
 
@@ -108,7 +110,7 @@ def job(cfg: DictConfig) -> float | None:
         if stop.code in STOPPED:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 say(
-                    "Without sweep.rerun=all the same command keeps all finished runs, older ones too, and does the rest."
+                    "Without sweep.rerun=all the same command keeps what is finished and does the rest."
                     if cfg.sweep.rerun == "all"
                     else "The same command again goes on with the whole sweep.",
                     sys.stderr,

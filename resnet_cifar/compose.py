@@ -7,20 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from resnet_cifar.composition_errors import explained, known_keys
+from resnet_cifar.composition_errors import COMPOSITION_ERRORS, explained, known_keys
 from resnet_cifar.errors import ConfigError
 from resnet_cifar.fingerprint import config_hash, sweep_id
 from resnet_cifar.hydra_setup import started_hydra, without_hydra
+from resnet_cifar.passwords import has_password, is_secret
 from resnet_cifar.suggestions import did_you_mean
 
 HYDRA_FILE = Path(".hydra", "hydra.yaml")  # in a run's folder: how Hydra was called
@@ -89,10 +88,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def compose(arguments: argparse.Namespace) -> Composition:
     """Everything Hydra is going to run: one job, or all those of a sweep; ConfigError for what it cannot compose."""
+    for override in arguments.overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if key.startswith("hydra.") and (is_secret(key) or has_password(value)):
+            raise ConfigError(f"{key} would be written into files: give the secret in the shell's environment")
     try:
         with started_hydra(arguments) as hydra:
             return _composition(hydra, arguments)
-    except (HydraException, OmegaConfBaseException, yaml.MarkedYAMLError, ValueError) as error:
+    except COMPOSITION_ERRORS as error:
         raise ConfigError(explained(error, arguments)) from error
 
 

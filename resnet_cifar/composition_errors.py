@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import get_args
 
 import yaml
-from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -20,6 +20,12 @@ from resnet_cifar.suggestions import closest, did_you_mean, dotted, keys, quoted
 # The plugins' launchers behind our presets, and the extra that installs each.
 LAUNCHER_EXTRAS = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "cluster"}
 
+# What Hydra, OmegaConf and YAML raise for files and values of a user's; the last four where Hydra did not expect them.
+COMPOSITION_ERRORS = (
+    *(HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError),
+    *(RecursionError, AssertionError, AttributeError, TypeError),
+)
+
 
 def explained(error: Exception, arguments: argparse.Namespace) -> str:
     """Hydra's, OmegaConf's or YAML's error in one or two lines that name the key and what would be right."""
@@ -29,7 +35,11 @@ def explained(error: Exception, arguments: argparse.Namespace) -> str:
         return _unreadable(str(error.override), arguments)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _missing_option(error)
-    first_line = (str(error) or str(error.__cause__)).splitlines()[0]
+    first_line, *more = (str(error) or str(error.__cause__ or type(error).__name__)).splitlines()
+    if first_line.endswith("raised while composing config:"):
+        first_line = " ".join([first_line, *more[:1]])
+    if first_line.startswith("Error merging override") and error.__cause__ is not None:
+        first_line += f": {str(error.__cause__).partition(chr(10))[0]}"
     if ambiguous := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'(?: requires|$)", first_line):
         return f"{ambiguous[1]} is a sweep over several values: run it with -m, python run.py -m {ambiguous[1]}"
     if present := re.match(r"Multiple values for (\w+)|Could not append .* already at '([^']*)'", first_line):
@@ -126,7 +136,7 @@ def _group_choices_alone(arguments: argparse.Namespace) -> DictConfig:
     """The configuration as composed from the command line's group choices alone, as far as they are right."""
     choices = [override for override in arguments.overrides if override.partition("=")[0] in _groups()]
     for overrides in (choices, []):
-        with suppress(ConfigCompositionException), started_hydra(arguments) as hydra:
+        with suppress(*COMPOSITION_ERRORS), started_hydra(arguments) as hydra:
             return without_hydra(hydra.config_loader.load_configuration("config", overrides, RunMode.MULTIRUN))
     return OmegaConf.create()
 

@@ -35,7 +35,11 @@ def config_hash(cfg: DictConfig) -> str:
         data["dataset"].pop("root", None)
     container.get("trainer", {}).pop("checkpoint_minutes", None)
     if container.get("checkpoint") is not None:
-        container["checkpoint"] = [container["checkpoint"], _end_of_checkpoint(Path(container["checkpoint"]))]
+        container["checkpoint"] = _end_of_checkpoint(Path(container["checkpoint"])) or container["checkpoint"]
+    pictures = container.get("explain", {}).get("images")
+    if pictures is not None and Path(pictures).is_dir():
+        files = sorted(path for path in Path(pictures).iterdir() if path.is_file())
+        container["explain"]["images"] = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
     return _hash(container)
 
 
@@ -59,4 +63,14 @@ def sweep_id(overrides: Sequence[str], config_hashes: Sequence[str]) -> str:
 
 
 def _hash(value: Any) -> str:
+    value = _without_whole_floats(value)
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _without_whole_floats(value: Any) -> Any:
+    """100 for 100.0 in a tree of plain values: the same number."""
+    if isinstance(value, dict):
+        return {key: _without_whole_floats(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_whole_floats(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

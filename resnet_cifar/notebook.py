@@ -17,6 +17,8 @@ def begin(*overrides: str) -> tuple[DictConfig, Invocation]:
     Raises ConfigError for what cannot be run, StorageError for a folder that holds a run, before anything is written.
     """
     composition = compose(parse_arguments(overrides))
+    if composition.sweep is not None:
+        raise ConfigError("A notebook trains one run: give sweeps to python run.py")
     for cfg, given in composition.jobs:
         schema.check(cfg, given)
         if cfg.task != "train" or cfg.resume is not None:

@@ -19,6 +19,12 @@ def without_passwords(text: str) -> str:
     The values of environment variables with such names count too, wherever they stand.
     """
     for name, value in os.environ.items():
-        if _SECRET_VARIABLE.search(name) and len(value) >= 6:  # shorter ones would blot out ordinary words
+        if is_secret(name) and len(value) >= 6:  # shorter ones would blot out ordinary words
             text = text.replace(value, "***")
-    return _NAMED.sub(r"\1***", re.sub(r"://.*@", "://***@", text))
+    # A password may hold almost anything, but not the next setting of a command line.
+    return _NAMED.sub(r"\1***", re.sub(r"://(?:(?!\s[\w./+~@-]+=).)*@", "://***@", text))
+
+
+def is_secret(name: str) -> bool:
+    """Whether an environment variable of this name holds a secret."""
+    return bool(_SECRET_VARIABLE.search(name))

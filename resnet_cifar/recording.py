@@ -223,7 +223,8 @@ def compared_params(cfg: DictConfig, invocation: Invocation) -> dict[str, Any]:
     `scheduler.max_lr`, which may have to be found first, is logged when it is known. Of a task on a checkpoint only what
     was given and what the checkpoint brings along: how it was trained is in the configuration of its own run.
     """
-    values = dict(schema.leaves(without_environment(cfg)))
+    container = without_environment(cfg)
+    values = dict(schema.leaves(container))
     given: list[str] = []
     groups = [*COMPARED_GROUPS, *(["model"] if invocation.choices.get("model", USUAL_MODEL) != USUAL_MODEL else [])]
     for override in invocation.overrides:
@@ -231,6 +232,10 @@ def compared_params(cfg: DictConfig, invocation: Invocation) -> dict[str, Any]:
         if value.startswith("{"):  # a section written out: what it says counts, not the option that it is merged into
             given += [key for key in values if key.startswith(f"{name}.")]
             groups = [group for group in groups if group != name]
+        elif value.startswith("[") and isinstance(items := _value_at(container, name), list):
+            given.append(name)
+            values[name] = items
+            groups = [group for group in groups if name != f"{group}.transforms"]
         else:
             given.append(name)
     keys = [*ALWAYS_COMPARED, *given, *COMPARED]
@@ -246,13 +251,21 @@ def compared_params(cfg: DictConfig, invocation: Invocation) -> dict[str, Any]:
     return {key: params[key] for key in dict.fromkeys([*first, *params])}
 
 
+def _value_at(container: Any, key: str) -> Any:
+    for part in key.split("."):
+        inside = dict(enumerate(container)) if isinstance(container, list) else container
+        container = inside.get(int(part) if part.isdigit() else part) if isinstance(inside, dict) else None
+    return container
+
+
 def run_name(cfg: DictConfig, invocation: Invocation) -> str:
     """`tracking.run_name`, or the preset and what was overridden, as far as MLflow's databases have room."""
     if invocation.name:
         return invocation.name[:LONGEST_NAME]
     if cfg.tracking.run_name:
         return without_environment(cfg)["tracking"]["run_name"][:LONGEST_NAME]
-    preset = invocation.choices.get("experiment")
+    presets = [override.partition("=")[2] for override in invocation.overrides if override.startswith("experiment=")]
+    preset = invocation.choices.get("experiment") or next(iter(presets), None)  # of several, Hydra names none
     named = [preset or "session_10"] if cfg.task == "train" else [*([preset] if preset else []), cfg.task]
     aside = tuple(key for key in NOT_COMPARED if key != "scheduler.max_lr")
     given = [override for override in invocation.overrides if not override.startswith((*aside, "task=", "checkpoint="))]

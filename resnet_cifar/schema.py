@@ -261,7 +261,10 @@ def _violations(container: dict[str, Any], written: dict[str, Any]) -> Iterator[
         if kind == "missing":
             reasons[f"{'.'.join(map(str, location))} is required"] = []
         elif kind == "extra_forbidden":
-            reasons[f"{key} is not a key{did_you_mean(key, set(keys(container)) - {key})}"] = []
+            hint = did_you_mean(key, set(keys(container)) - {key})
+            if key == "experiment":
+                hint = ": the first line of a preset has to be # @package _global_"
+            reasons[f"{key} is not a key{hint}"] = []
         else:
             allowed = re.sub(r"^(Value error, )?(\w+ (?=should))?should | after validation.*", "", message)
             reasons.setdefault(f"{key}={_as_yaml(given)} should ", []).append(allowed)

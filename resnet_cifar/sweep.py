@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from resnet_cifar.artifact_files import write_whole
-from resnet_cifar.compose import HYDRA_FILE, Sweep
+from resnet_cifar.compose import HYDRA_FILE, Sweep, parse_arguments
 from resnet_cifar.console import say
 from resnet_cifar.environment import without_environment
 from resnet_cifar.errors import ConfigError, StorageError, UserError
@@ -91,6 +91,7 @@ def prepare(argv: Sequence[str], sweep: Sweep) -> list[str]:
             parts.check_targets(cfg)
     if settings.dry_run and not sweep.job_folders:
         raise ConfigError("sweep.dry_run=true: this hydra/sweeper makes its jobs up while it runs; leave dry_run out")
+    _check_places(sweep)
     if not settings.dry_run:
         _hold(sweep.folder)
     finished = {} if settings.rerun == "all" else sweep_store.finished_runs(sweep)
@@ -99,16 +100,35 @@ def prepare(argv: Sequence[str], sweep: Sweep) -> list[str]:
     if settings.dry_run:
         print(dry_run(plan, estimated))
         sys.exit(0)
-    kept = {job.folder for job in plan.jobs if job.action != RUN}
-    for folder in sorted(filter(_holds_a_run, sweep.folder.glob("*"))):
-        if str(folder) not in kept:
-            _set_aside(folder)
+    moved = {
+        job.folder: str(_set_aside(Path(job.folder)))
+        for job in plan.jobs
+        if job.action == RUN and (Path(job.folder) / "config.yaml").exists()
+    }
+    # What lay there can be the result of another job, where the folder was given by hand.
+    jobs = [
+        dataclasses.replace(job, result=moved.get(job.result, job.result)) for job in plan.jobs if job.action != RUN
+    ]
+    jobs += [job for job in plan.jobs if job.action == RUN]
+    plan = dataclasses.replace(plan, jobs=sorted(jobs, key=lambda job: job.number))
     (sweep.folder / FAILED).unlink(missing_ok=True)
     plan.save()
     if plan.jobs:
         print(heading(plan, estimated), flush=True)
-    place = _end_of_settings(argv)
+    overrides = parse_arguments(argv).overrides  # which Hydra wants in one row
+    place = argv.index(overrides[0]) if overrides else len(argv)
     return [*argv[:place], f"hydra.sweep.dir={quoted(sweep.folder)}", *argv[place:]]
+
+
+def _check_places(sweep: Sweep) -> None:
+    """Raise ConfigError unless each job has a folder of its own, and all are recorded in one place."""
+    if len(set(sweep.job_folders)) < len(sweep.job_folders):
+        raise ConfigError("hydra.sweep.subdir gives several jobs one folder: put ${hydra.job.num} into it")
+    for key in ("tracking.uri", "tracking.experiment", "output_dir"):
+        if len({OmegaConf.select(cfg, key) for cfg, _ in sweep.jobs}) > 1:
+            raise ConfigError(
+                f"{key} is not the same in all jobs: a sweep is recorded in one place; give one sweep for each"
+            )
 
 
 def _hold(folder: Path) -> None:
@@ -211,7 +231,7 @@ def is_finished() -> bool:
     A job that the plan runs may be finished too: one that a killed sweep left waiting at a cluster ran since.
     """
     job = current_job()
-    if job is None or (job.action != SKIP and status(Path(job.folder))[0] != "FINISHED"):
+    if job is None or (job.action != SKIP and not has_finished(Path(job.folder), job.config_hash)):
         return False
     log.info("%s is finished already: %s", job.name or "The job", job.result)
     return True
@@ -282,6 +302,12 @@ def status(folder: Path) -> tuple[str, str]:
     return word, reason.strip()
 
 
+def has_finished(folder: Path, key: str) -> bool:
+    """Whether the folder holds a FINISHED run of the configuration with this hash."""
+    cfg = configuration(folder) if status(folder)[0] == "FINISHED" else None
+    return cfg is not None and config_hash(cfg) == key
+
+
 def is_stopped(folder: Path, cfg: DictConfig) -> bool:
     """Whether the folder holds this job, stopped on the way, and tracked where it would be tracked now."""
     if status(folder)[0] in ("FINISHED", "FAILED"):
@@ -303,12 +329,8 @@ def configuration(folder: Path) -> DictConfig | None:
     return cfg if whole else None
 
 
-def _holds_a_run(folder: Path) -> bool:
-    return (folder / "config.yaml").exists() and "_replaced" not in folder.name
-
-
-def _set_aside(folder: Path) -> None:
-    """Rename the folder of a run that runs anew, so that nothing of it is lost.
+def _set_aside(folder: Path) -> Path:
+    """Rename the folder of a run that runs anew, so that nothing of it is lost; its new path.
 
     Raises:
         StorageError: a process is working on it, a cluster's job say, whose sweep has ended.
@@ -317,10 +339,4 @@ def _set_aside(folder: Path) -> None:
 
     number = 1 + len(list(folder.parent.glob(f"{folder.name}_replaced_*")))
     with only_process(folder):
-        folder.rename(folder.with_name(f"{folder.name}_replaced_{number}"))
-
-
-def _end_of_settings(argv: Sequence[str]) -> int:
-    """Where settings end on the command line: Hydra wants them in one row."""
-    settings = [place for place, argument in enumerate(argv) if "=" in argument and not argument.startswith("-")]
-    return settings[-1] + 1 if settings else len(argv)
+        return folder.rename(folder.with_name(f"{folder.name}_replaced_{number}"))

@@ -21,7 +21,7 @@ from resnet_cifar.errors import StorageError
 from resnet_cifar.fingerprint import config_hash, source_hash
 from resnet_cifar.progress import LOCAL_SERVER, shown_uri
 from resnet_cifar.store_errors import user_errors
-from resnet_cifar.sweep import SKIP, configuration, is_of_this_source, status
+from resnet_cifar.sweep import SKIP, has_finished, is_of_this_source
 from resnet_cifar.sync import sync_all
 from resnet_cifar.tracked_run import TrackedRun, run_page
 
@@ -49,7 +49,7 @@ def finished_runs(sweep: Sweep) -> dict[str, Path]:
         if not is_of_this_source(sweep.folder):
             return {}
         there = zip(hashes, sweep.job_folders, strict=False)
-        return {key: folder for key, folder in there if status(folder)[0] == "FINISHED" and _holds(folder, key)}
+        return {key: folder for key, folder in there if has_finished(folder, key)}
     if sweep.folder.exists() and not settings.sweep.dry_run:
         try:
             sync_all(sweep.folder)
@@ -61,11 +61,6 @@ def finished_runs(sweep: Sweep) -> dict[str, Path]:
         if key in hashes and key not in found:
             found[key] = _files(run, settings, sweep.folder)
     return found
-
-
-def _holds(folder: Path, key: str) -> bool:
-    cfg = configuration(folder)
-    return cfg is not None and config_hash(cfg) == key
 
 
 def _runs(settings: DictConfig, matching: str) -> Iterator["MlflowRun"]:

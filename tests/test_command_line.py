@@ -106,6 +106,11 @@ def assert_short(message):
         ("-m experiment=record scheduler=one_cycle,cosine", "take it out: ~scheduler.max_lr"),
         ("hydra/launcher=nothing", "hydra/launcher=nothing: choose from"),
         ("--config-dir /nowhere", "/nowhere"),
+        ("+hydra.job.env_set.MLFLOW_TRACKING_PASSWORD=hunter2", "would be written into files"),
+        ("-m hydra.sweeper=null", "hydra.sweeper=null"),
+        ("-m hydra.sweeper.params={seed:'0,1'}", "(given: "),
+        ("-m seed=0,1 tracking=none hydra.sweep.subdir=same", "gives several jobs one folder"),
+        ("-m tracking.experiment=a,b", "tracking.experiment is not the same in all jobs"),
         ("--multirun --cfg job", "only one of"),
         ("--cfg job max_lr=0.1", "did you mean scheduler.max_lr=0.1?"),
         ("--help optimizer=sdg", "choose from adam, adamw, muon, sgd"),
@@ -149,6 +154,14 @@ def test_a_preset_of_the_users_own_needs_no_comment(command, tmp_path):
         ("# @package _global_\ntrainer:\n  epoch: 3\n", "trainer.epoch is not a key; did you mean trainer.epochs?"),
         ("# @package _global_\ndefaults:\n  - override /optimizer: sdg\n", "choose from adam, adamw, muon, sgd"),
         ("# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      seed: 0,x\n", "seed=x"),
+        (
+            "trainer:\n  epochs: 3\n",
+            "experiment is not a key: the first line of a preset has to be # @package _global_",
+        ),
+        ("# @package _global_\nhydra:\n  launcher:\n    n_jobs: 4\n", "n_jobs"),
+        ("# @package _global_\ndefaults: [mine]\n", "(given: experiment=mine"),
+        ("# @package _global_\nseed: \x01\n", "(given: experiment=mine"),
+        ("# @package _global_\nresume: outputs/runs/x\n", "resume in a YAML file would continue nothing"),
     ],
 )
 def test_a_wrong_preset_of_the_users_own_is_refused(command, tmp_path, text, part):

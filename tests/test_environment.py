@@ -40,6 +40,14 @@ def test_a_value_that_is_a_secret_by_its_name_is_blotted_out_of_any_text(monkeyp
     assert without_passwords("401 for hunter2hunter2 at host") == "401 for *** at host"
 
 
+def test_what_stands_between_an_address_and_an_at_is_kept():
+    line = "tracking.uri=sqlite:////tmp/x.db seed=1 model.width=0.5 tracking.run_name=me@work"
+    assert without_passwords(line) == line
+    assert without_passwords("tracking.uri=http://me:a b@c@host seed=1 x=me@work") == (
+        "tracking.uri=http://***@host seed=1 x=me@work"
+    )
+
+
 def test_every_promise_names_a_test_that_exists():
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (TESTS / "README.md").read_text())
     assert len(named) > 40

@@ -139,6 +139,21 @@ def test_a_name_is_no_longer_than_a_database_takes():
 
 
 @pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ("optimizer.betas=[0.9,0.95]", {"optimizer.betas": [0.9, 0.95]}),
+        ("augmentation.transforms=[]", {"augmentation.transforms": []}),
+    ],
+)
+def test_a_list_that_is_given_is_a_parameter(given, param):
+    [(cfg, _)] = compose(parse_arguments([f"+{given}" if "betas" in given else given])).jobs
+    choices = {"augmentation": "crop_flip_cutout", "optimizer": "adam"}
+    params = compared_params(cfg, Invocation(Path(), (given,), choices))
+    assert param.items() <= params.items()
+    assert ("augmentation" in params) == ("augmentation.transforms" not in params)
+
+
+@pytest.mark.parametrize(
     ("given", "name"),
     [((), "session_10"), (("task=find_lr",), "find_lr"), (("task=find_lr", "experiment=record"), "record find_lr")],
 )

@@ -70,7 +70,7 @@ def test_a_wrong_setting_is_refused_before_a_folder_is_made(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("setting", ["task=find_lr", "resume=outputs/runs/x"])
+@pytest.mark.parametrize("setting", ["task=find_lr", "resume=outputs/runs/x", "hydra.mode=MULTIRUN"])
 def test_another_task_than_training_is_refused(setting, tmp_path):
     with pytest.raises(ConfigError, match=r"to python run\.py"):
         notebook.begin(setting, f"output_dir={tmp_path}")

@@ -125,6 +125,23 @@ def test_another_value_is_another_job(override):
     assert config_hash(before) != config_hash(after)
 
 
+def test_the_same_number_and_the_same_checkpoint_written_otherwise_are_the_same_job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "last.pt").write_bytes(b"weights")
+    numbers = ("scheduler.div_factor=100", "scheduler.div_factor=100.0")
+    assert len({config_hash(compose(parse_arguments([number])).jobs[0][0]) for number in numbers}) == 1
+    paths = ("checkpoint=last.pt", f"checkpoint={tmp_path}/last.pt")
+    hashes = {config_hash(compose(parse_arguments(["task=evaluate", path])).jobs[0][0]) for path in paths}
+    assert len(hashes) == 1
+
+
+def test_another_picture_in_the_folder_is_another_job(tmp_path):
+    [(cfg, _)] = compose(parse_arguments(["task=explain", "checkpoint=x", f"explain.images={tmp_path}"])).jobs
+    before = config_hash(cfg)
+    (tmp_path / "cat.png").write_bytes(b"a picture")
+    assert config_hash(cfg) != before
+
+
 def test_another_byte_of_the_source_is_another_source(monkeypatch, tmp_path):
     hashes = set()
     monkeypatch.setattr(fingerprint, "__file__", str(tmp_path / "fingerprint.py"))
@@ -162,7 +179,7 @@ def test_another_checkpoint_under_the_same_path_makes_another_run(tmp_path):
         hashes |= {
             config_hash(composed("task=evaluate", f"checkpoint={given}").jobs[0][0]) for given in (path, tmp_path)
         }
-    assert len(hashes) == 4
+    assert len(hashes) == 2
 
 
 @pytest.fixture
@@ -193,6 +210,42 @@ def test_a_run_whose_configuration_a_crash_damaged_is_none(finished, damaged):
     (folder / "config.yaml").write_text(damaged)
     composition = composed("seed=0,1", "tracking=none", f"hydra.sweep.dir={folder.parent}")
     assert sweep_store.finished_runs(composition.sweep) == {} and not sweep.is_stopped(folder, of_0)
+
+
+def test_what_runs_anew_moves_its_predecessor_aside_and_that_one_alone(finished):
+    folder, of_0, _ = finished
+    stranger = folder.parent / "2026-11-20_single_run"
+    stranger.mkdir()
+    (stranger / "config.yaml").touch()
+    given = ["-m", "data=digits", "tracking=none", f"hydra.sweep.dir={folder.parent}"]
+    sweep.prepare([*given, "seed=1,0"], composed("seed=1,0", "tracking=none", f"hydra.sweep.dir={folder.parent}").sweep)
+    first, _ = sweep.load_plan(folder.parent).jobs
+    assert (first.action, first.folder) == (sweep.RUN, str(folder))
+    assert sweep.has_finished(folder.parent / "0_replaced_1", config_hash(of_0)) and not folder.exists()
+    assert stranger.exists()
+
+
+def test_a_result_that_was_moved_aside_is_found_where_it_is(monkeypatch, finished):
+    folder, of_0, _ = finished
+    monkeypatch.setattr(sweep_store, "finished_runs", lambda _: {config_hash(of_0): folder})
+    given = ["tracking=none", f"hydra.sweep.dir={folder.parent}"]
+    sweep.prepare(["-m", "data=digits", *given, "seed=1,0"], composed(*given, "seed=1,0").sweep)
+    _, skipped = sweep.load_plan(folder.parent).jobs
+    assert (skipped.action, skipped.result) == (sweep.SKIP, str(folder.parent / "0_replaced_1"))
+
+
+def test_another_run_in_a_jobs_folder_is_not_the_job(finished):
+    folder, of_0, of_1 = finished
+    assert sweep.has_finished(folder, config_hash(of_0)) and not sweep.has_finished(folder, config_hash(of_1))
+
+
+@pytest.mark.parametrize("option", [["--config-dir", "w=1"], ["-cn", "config"]])
+def test_the_sweeps_folder_stands_beside_the_other_settings(tmp_path, monkeypatch, option):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w=1").mkdir()
+    given = ["-m", "~scheduler.cycle_momentum", "seed=0,1", "tracking=none", f"output_dir={tmp_path}", *option]
+    argv = sweep.prepare(given, compose(parse_arguments(given)).sweep)
+    assert parse_arguments(argv).overrides[1:] == parse_arguments(given).overrides
 
 
 def test_after_a_change_of_the_source_nothing_in_a_folder_given_by_hand_is_finished_or_goes_on(finished):
