@@ -90,7 +90,8 @@ def compose(arguments: argparse.Namespace) -> Composition:
     """Everything Hydra is going to run: one job, or all those of a sweep; ConfigError for what it cannot compose."""
     for override in arguments.overrides:
         key, _, value = override.lstrip("+").partition("=")
-        if key.startswith("hydra.") and (is_secret(key) or has_password(value)):
+        secret = key.startswith("hydra.job.env_set.") and is_secret(key.rpartition(".")[2]) and "${" not in value
+        if secret or (key.startswith("hydra.") and has_password(value)):
             raise ConfigError(f"{key} would be written into files: give the secret in the shell's environment")
     try:
         with started_hydra(arguments) as hydra:

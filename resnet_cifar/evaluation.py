@@ -99,7 +99,7 @@ def with_checkpoint(cfg: DictConfig, overrides: tuple[str, ...]) -> tuple[DictCo
 
 def restore_parts(cfg: DictConfig, state: dict[str, Any]) -> Parts:
     """The parts with the checkpoint's weights."""
-    built = build_parts(cfg, tuple(state["classes"]))
+    built = build_parts(cfg, tuple(map(str, state["classes"])))
     try:
         built.network.load_state_dict(checkpoint.evaluated_weights(state))
     except RuntimeError as error:

@@ -39,8 +39,16 @@ def config_hash(cfg: DictConfig) -> str:
     pictures = container.get("explain", {}).get("images")
     if pictures is not None and Path(pictures).is_dir():
         files = sorted(path for path in Path(pictures).iterdir() if path.is_file())
-        container["explain"]["images"] = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+        container["explain"]["images"] = [(path.name, _digest(path)) for path in files]
     return _hash(container)
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:  # one that cannot be read is not explained either
+        return ""
 
 
 def _end_of_checkpoint(path: Path) -> str:

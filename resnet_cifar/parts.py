@@ -135,7 +135,7 @@ def check_targets(cfg: DictConfig) -> None:
     _check_step(cfg.optimizer._target_)
     one_cycle = cfg.scheduler._target_.endswith(".OneCycleLR")
     for name in ("last_epoch", *(("total_steps", "epochs", "steps_per_epoch") if one_cycle else ())):
-        if name in cfg.scheduler:
+        if cfg.scheduler.get(name, -1) != -1:  # of last_epoch torch's own default
             raise ConfigError(
                 f"scheduler.{name}={cfg.scheduler[name]}: the schedule begins and ends with the training; leave it out"
             )

@@ -5,7 +5,7 @@ import re
 
 _USER_AND_PASSWORD = re.compile(r"://[^\s@:]*:[^@]+@|https?://[^\s/@]+@")
 _NAMED = re.compile(r"(?i)([?&;](?:\w*password|passwd|pwd|\w*token|\w*secret\w*|api_?key)=)[^&;\s'\"]+")
-_SECRET_VARIABLE = re.compile(r"(?i)passw|token|secret|credential|(api|access|private)_?key")
+_SECRET_VARIABLE = re.compile(r"(?i)passw|token(?!iz)|secret|credential|(api|access|private)_?key")
 
 
 def has_password(text: str) -> bool:

@@ -105,6 +105,9 @@ def prepare(argv: Sequence[str], sweep: Sweep) -> list[str]:
         for job in plan.jobs
         if job.action == RUN and (Path(job.folder) / "config.yaml").exists()
     }
+    for folder in () if sweep.job_folders else sorted(sweep.folder.glob("*")):  # of jobs that were made up
+        if (folder / "config.yaml").exists() and "_replaced" not in folder.name:
+            _set_aside(folder)
     # What lay there can be the result of another job, where the folder was given by hand.
     jobs = [
         dataclasses.replace(job, result=moved.get(job.result, job.result)) for job in plan.jobs if job.action != RUN
@@ -115,8 +118,8 @@ def prepare(argv: Sequence[str], sweep: Sweep) -> list[str]:
     plan.save()
     if plan.jobs:
         print(heading(plan, estimated), flush=True)
-    overrides = parse_arguments(argv).overrides  # which Hydra wants in one row
-    place = argv.index(overrides[0]) if overrides else len(argv)
+    overrides = parse_arguments(argv).overrides  # which Hydra wants in one row; the last one wins
+    place = argv.index(overrides[0]) + len(overrides) if overrides else len(argv)
     return [*argv[:place], f"hydra.sweep.dir={quoted(sweep.folder)}", *argv[place:]]
 
 

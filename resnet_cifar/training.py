@@ -72,7 +72,7 @@ def rehearse(cfg: DictConfig, built: parts.Parts, train_images: Images, test_ima
     Raises:
         ConfigError: images, augmentation, network, optimizer and schedule do not go together.
     """
-    network, device = copy.deepcopy(built.network), built.device
+    device = built.device
     total_steps = cfg.trainer.epochs * steps_per_epoch(train_images, cfg.data.batch_size)
     parts.check_rise(cfg.scheduler, total_steps)
     if cfg.trainer.ema_decay**total_steps > 0.1:
@@ -81,10 +81,43 @@ def rehearse(cfg: DictConfig, built: parts.Parts, train_images: Images, test_ima
             cfg.trainer.ema_decay,
             total_steps,
         )
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        network = _copy(cfg, built)
+        _try_optimizer(cfg, network, total_steps)
+        # Batch norm cannot train on one number a channel; without SyncBatchNorm each process has its own.
+        last_batch = len(train_images) % cfg.data.batch_size or cfg.data.batch_size
+        share = max(1, last_batch // cfg.trainer.devices if device.type == "cpu" else last_batch)
+        few, shown = train_images[: min(2, share)], built.augment.normalise(test_images.images[:2])
+        first, last = (_augmented(built, few, cfg.seed, epoch) for epoch in (1, cfg.trainer.epochs))
+        if last.shape[1:] != shown.shape[1:]:
+            log.warning("Training ends on images of %s pixels, and %s are evaluated.", _size(last), _size(shown))
+        for epoch, images in ((1, first), (cfg.trainer.epochs, last)):
+            try:
+                _try_network(network.train(), images, cfg.model._target_, len(built.classes))
+            except ConfigError:
+                if share <= 2:
+                    raise
+                # It may divide a batch, as ghost batch norm does.
+                whole = _augmented(built, train_images[:share], cfg.seed, epoch)
+                _try_network(network, whole, cfg.model._target_, len(built.classes))
+        with torch.no_grad():
+            _try_network(network.eval(), shown, cfg.model._target_, len(built.classes))
+
+
+def _copy(cfg: DictConfig, built: parts.Parts) -> nn.Module:
+    try:
+        return copy.deepcopy(built.network)
+    except Exception:  # torch's old weight_norm, for one
+        return parts.build_model(cfg.model, len(built.classes), built.device, cfg.trainer.channels_last, cfg.seed)
+
+
+def _try_optimizer(cfg: DictConfig, network: nn.Module, total_steps: int) -> None:
     optimizer = parts.build_optimizer(cfg.optimizer, cfg.param_groups, network)
     peak = {"max_lr": cfg.optimizer.lr} if cfg.scheduler.get("max_lr") == "find" else {}
     scheduler = parts.build_scheduler(OmegaConf.merge(cfg.scheduler, peak), optimizer, total_steps)
-    optimizer.step()  # without gradients: it moves nothing, and the schedule wants it first
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
     scheduler.step()
     for name, part in ((cfg.optimizer._target_, optimizer), (cfg.scheduler._target_, scheduler)):
         if not checkpoint.is_plain(part.state_dict()):
@@ -92,21 +125,6 @@ def rehearse(cfg: DictConfig, built: parts.Parts, train_images: Images, test_ima
                 f"{name} has a state that no checkpoint could be read back with: keep plain numbers and tensors in it,\n"
                 "none of NumPy's"
             )
-    # Batch norm cannot train on one number a channel; without SyncBatchNorm each process has its own.
-    last_batch = len(train_images) % cfg.data.batch_size or cfg.data.batch_size
-    share = last_batch // cfg.trainer.devices if device.type == "cpu" else last_batch
-    few = train_images[: min(2, max(1, share))]
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        shown = built.augment.normalise(test_images.images[:2])
-        first, last = (_augmented(built, few, cfg.seed, epoch) for epoch in (1, cfg.trainer.epochs))
-        if last.shape[1:] != shown.shape[1:]:
-            raise ConfigError(
-                f"augmentation.transforms makes images of {_size(last)} pixels, and {_size(shown)} are evaluated:\n"
-                "give transforms that keep the size"
-            )
-        for images in (first, last):
-            _try_network(network.train(), images, cfg.model._target_, len(built.classes))
-        _try_network(network.eval(), shown, cfg.model._target_, len(built.classes))
 
 
 def _augmented(built: parts.Parts, images: Images, seed: int, epoch: int) -> torch.Tensor:

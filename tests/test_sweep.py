@@ -245,7 +245,7 @@ def test_the_sweeps_folder_stands_beside_the_other_settings(tmp_path, monkeypatc
     (tmp_path / "w=1").mkdir()
     given = ["-m", "~scheduler.cycle_momentum", "seed=0,1", "tracking=none", f"output_dir={tmp_path}", *option]
     argv = sweep.prepare(given, compose(parse_arguments(given)).sweep)
-    assert parse_arguments(argv).overrides[1:] == parse_arguments(given).overrides
+    assert parse_arguments(argv).overrides[:-1] == parse_arguments(given).overrides
 
 
 def test_after_a_change_of_the_source_nothing_in_a_folder_given_by_hand_is_finished_or_goes_on(finished):

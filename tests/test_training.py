@@ -47,15 +47,37 @@ def test_it_leaves_no_trace():
 @pytest.mark.parametrize(
     ("overrides", "network", "part"),
     [
-        (["augmentation.transforms.0.size=24"], None, "makes images of 24x24 pixels, and 32x32 are evaluated"),
-        ([], linear(12), "should return logits of \\(2, 10\\), a row for each: it returns \\(2, 12\\)"),
-        ([], nn.Conv2d(5, 10, 3), "given 2 images of 32x32 pixels, fails: RuntimeError: Given groups=1"),
+        (["augmentation.transforms.0.size=24"], linear(10), "given 8 images of 24x24 pixels, fails"),
+        ([], linear(12), "should return logits of \\(8, 10\\), a row for each: it returns \\(8, 12\\)"),
+        ([], nn.Conv2d(5, 10, 3), "given 8 images of 32x32 pixels, fails: RuntimeError: Given groups=1"),
         (["++scheduler.base_momentum=[0.8,0.9]"], None, "base_momentum"),
     ],
 )
 def test_parts_that_do_not_go_together_are_refused(overrides, network, part):
     with pytest.raises(ConfigError, match=part):
         rehearse(*overrides, network=network)
+
+
+class GhostNorm(nn.Module):
+    """Statistics over quarters of a batch, which two images do not have."""
+
+    def forward(self, images):
+        if self.training:
+            images.view(4, -1, *images.shape[1:])
+        images.requires_grad_().mul(1).register_hook(lambda gradient: gradient) if self.training else None
+        return images
+
+
+def test_a_network_that_divides_its_batches_is_tried_on_a_whole_one():
+    rehearse(network=nn.Sequential(GhostNorm(), linear(10)))  # whose last batch has 8 images
+    with pytest.raises(ConfigError, match="given 6 images"):
+        rehearse(train=38, network=nn.Sequential(GhostNorm(), linear(10)))
+
+
+def test_another_size_in_training_is_said(caplog):
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))
+    rehearse("augmentation.transforms.0.size=28", network=pooled)
+    assert "Training ends on images of 28x28 pixels, and 32x32 are evaluated." in caplog.text
 
 
 def test_images_too_small_for_a_transform_are_refused():
