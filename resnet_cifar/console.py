@@ -59,7 +59,8 @@ def shown(path: Path) -> Path:
 
 def working_directory() -> Path:
     """Where the command was given: with `hydra.job.chdir=true` the job itself is in its run's folder."""
-    return Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
+    moved = HydraConfig.initialized() and HydraConfig.get().job.chdir
+    return Path(HydraConfig.get().runtime.cwd) if moved else Path.cwd()
 
 
 def setting(key: str, path: Path) -> str:
