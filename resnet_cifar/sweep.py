@@ -100,20 +100,7 @@ def prepare(argv: Sequence[str], sweep: Sweep) -> list[str]:
     if settings.dry_run:
         print(dry_run(plan, estimated))
         sys.exit(0)
-    moved = {
-        job.folder: str(_set_aside(Path(job.folder)))
-        for job in plan.jobs
-        if job.action == RUN and (Path(job.folder) / "config.yaml").exists()
-    }
-    for folder in () if sweep.job_folders else sorted(sweep.folder.glob("*")):  # of jobs that were made up
-        if (folder / "config.yaml").exists() and "_replaced" not in folder.name:
-            _set_aside(folder)
-    # What lay there can be the result of another job, where the folder was given by hand.
-    jobs = [
-        dataclasses.replace(job, result=moved.get(job.result, job.result)) for job in plan.jobs if job.action != RUN
-    ]
-    jobs += [job for job in plan.jobs if job.action == RUN]
-    plan = dataclasses.replace(plan, jobs=sorted(jobs, key=lambda job: job.number))
+    plan = _make_room(sweep, plan)
     (sweep.folder / FAILED).unlink(missing_ok=True)
     plan.save()
     if plan.jobs:
@@ -132,6 +119,21 @@ def _check_places(sweep: Sweep) -> None:
             raise ConfigError(
                 f"{key} is not the same in all jobs: a sweep is recorded in one place; give one sweep for each"
             )
+
+
+def _make_room(sweep: Sweep, plan: Plan) -> Plan:
+    """Set aside the runs that jobs replace; the plan with each result where it is now.
+
+    Jobs that the sweeper makes up can be any in the sweep's folder. A folder given by hand can hold another job's result.
+    """
+    made_up = [folder for folder in sorted(sweep.folder.glob("*")) if "_replaced" not in folder.name]
+    replaced = [Path(job.folder) for job in plan.jobs if job.action == RUN] if sweep.job_folders else made_up
+    moved = {str(folder): str(_set_aside(folder)) for folder in replaced if (folder / "config.yaml").exists()}
+    jobs = [
+        job if job.action == RUN else dataclasses.replace(job, result=moved.get(job.result, job.result))
+        for job in plan.jobs
+    ]
+    return dataclasses.replace(plan, jobs=jobs)
 
 
 def _hold(folder: Path) -> None:

@@ -72,8 +72,7 @@ def rehearse(cfg: DictConfig, built: parts.Parts, train_images: Images, test_ima
     Raises:
         ConfigError: images, augmentation, network, optimizer and schedule do not go together.
     """
-    device = built.device
-    total_steps = cfg.trainer.epochs * steps_per_epoch(train_images, cfg.data.batch_size)
+    device, total_steps = built.device, _total_steps(cfg, train_images)
     parts.check_rise(cfg.scheduler, total_steps)
     if cfg.trainer.ema_decay**total_steps > 0.1:
         log.warning(
@@ -83,7 +82,7 @@ def rehearse(cfg: DictConfig, built: parts.Parts, train_images: Images, test_ima
         )
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         network = _copy(cfg, built)
-        _try_optimizer(cfg, network, total_steps)
+        _try_step(cfg, dataclasses.replace(built, network=network), train_images)
         # Batch norm cannot train on one number a channel; without SyncBatchNorm each process has its own.
         last_batch = len(train_images) % cfg.data.batch_size or cfg.data.batch_size
         share = max(1, last_batch // cfg.trainer.devices if device.type == "cpu" else last_batch)
@@ -111,15 +110,15 @@ def _copy(cfg: DictConfig, built: parts.Parts) -> nn.Module:
         return parts.build_model(cfg.model, len(built.classes), built.device, cfg.trainer.channels_last, cfg.seed)
 
 
-def _try_optimizer(cfg: DictConfig, network: nn.Module, total_steps: int) -> None:
-    optimizer = parts.build_optimizer(cfg.optimizer, cfg.param_groups, network)
-    peak = {"max_lr": cfg.optimizer.lr} if cfg.scheduler.get("max_lr") == "find" else {}
-    scheduler = parts.build_scheduler(OmegaConf.merge(cfg.scheduler, peak), optimizer, total_steps)
-    for parameter in network.parameters():
+def _try_step(cfg: DictConfig, built: parts.Parts, train_images: Images) -> None:
+    peak = cfg.scheduler.get("max_lr")
+    training = build_training(cfg, built, train_images, cfg.optimizer.lr if peak == "find" else peak)
+    assert training.scheduler is not None  # a configuration always has one
+    for parameter in built.network.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    optimizer.step()
-    scheduler.step()
-    for name, part in ((cfg.optimizer._target_, optimizer), (cfg.scheduler._target_, scheduler)):
+    training.optimizer.step()
+    training.scheduler.step()
+    for name, part in ((cfg.optimizer._target_, training.optimizer), (cfg.scheduler._target_, training.scheduler)):
         if not checkpoint.is_plain(part.state_dict()):
             raise ConfigError(
                 f"{name} has a state that no checkpoint could be read back with: keep plain numbers and tensors in it,\n"
@@ -167,7 +166,6 @@ def build_training(
     """Optimizer and schedule over the network, which is replicated where `world` asks for it and compiled where `cfg` does."""
     scheduler = cfg.scheduler if max_lr is None else OmegaConf.merge(cfg.scheduler, {"max_lr": max_lr})
     optimizer = parts.build_optimizer(cfg.optimizer, cfg.param_groups, built.network)
-    total_steps = cfg.trainer.epochs * steps_per_epoch(train_images, cfg.data.batch_size)
     # Without a decay the average would be the weights themselves.
     averaged = MovingAverage(built.network, cfg.trainer.ema_decay) if cfg.trainer.ema_decay else None
     model = world.replicate(built.network)
@@ -176,7 +174,7 @@ def build_training(
     return Training(
         model=model,
         optimizer=optimizer,
-        scheduler=parts.build_scheduler(scheduler, optimizer, total_steps),
+        scheduler=parts.build_scheduler(scheduler, optimizer, _total_steps(cfg, train_images)),
         augment=built.augment,
         epochs=cfg.trainer.epochs,
         batch_size=cfg.data.batch_size,
@@ -186,6 +184,10 @@ def build_training(
         averaged=averaged,
         world=world,
     )
+
+
+def _total_steps(cfg: DictConfig, train_images: Images) -> int:
+    return cfg.trainer.epochs * steps_per_epoch(train_images, cfg.data.batch_size)
 
 
 class MovingAverage(AveragedModel):
