@@ -15,11 +15,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from resnet_cifar import sweep, sweep_worker
+from resnet_cifar import sweep, sweep_plan, sweep_worker
 from resnet_cifar.compose import Composition, compose, parse_arguments
 from resnet_cifar.console import log_failure, nobody_reads, say, short
 from resnet_cifar.errors import ConfigError, StorageError, UserError
 from resnet_cifar.hydra_setup import CONF, VERSION_BASE
+from resnet_cifar.run_folder import check_unused
 from resnet_cifar.signals import STOPPED
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # the shell's: 128 and the number of the signal
@@ -37,7 +38,7 @@ def main() -> None:
                 go_on(sys.argv[1:])
             composition = check_command_line(sys.argv[1:])
             if composition is not None and composition.sweep is not None:
-                sys.argv[1:] = sweep.prepare(sys.argv[1:], composition.sweep)
+                sys.argv[1:] = sweep_plan.prepare(sys.argv[1:], composition.sweep)
             hydra.main(config_path=str(CONF), config_name="config", version_base=VERSION_BASE)(job)()
         except KeyboardInterrupt:
             end(KeyboardInterrupt("interrupted"), INTERRUPTED)
@@ -85,9 +86,7 @@ def check_command_line(argv: list[str]) -> Composition | None:
             raise ConfigError(f"sweep.{key} would do nothing for a single run: give it with -m")
         if cfg.resume is not None and not any(override.lstrip("+").startswith("resume=") for override in overrides):
             raise ConfigError("resume in a YAML file would continue nothing: give it on the command line alone")
-        if cfg.resume is None and composition.folder is not None and (composition.folder / "config.yaml").exists():
-            from resnet_cifar.recording import check_unused  # late: torch alone takes seconds
-
+        if cfg.resume is None and composition.folder is not None:
             check_unused(composition.folder)  # before Hydra writes into it
     return composition
 

@@ -13,7 +13,8 @@ from resnet_cifar.errors import CheckpointError, ConfigError
 from resnet_cifar.explain import load_pictures
 from resnet_cifar.loop import Evaluation, evaluate
 from resnet_cifar.parts import Parts, build_parts
-from resnet_cifar.recording import Invocation, find_run, recorded
+from resnet_cifar.recording import Invocation, recorded
+from resnet_cifar.run_folder import find_run
 from resnet_cifar.tracked_run import Run
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from resnet_cifar.fingerprint import config_hash, source_hash
 from resnet_cifar.learning_rate import choose_max_lr, find_lr
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord, Training, diverged, fit
 from resnet_cifar.progress import ProgressDisplay
-from resnet_cifar.recording import Invocation, check_unused, epoch_metrics, failure, log_range_test, recorded, run_id
+from resnet_cifar.recording import Invocation, epoch_metrics, failure, log_range_test, recorded
+from resnet_cifar.run_folder import STATUS, check_unused, is_stopped, run_id, status
 from resnet_cifar.signals import StopRequest, do_nothing, stop_requests
 from resnet_cifar.sync import sync_all
 from resnet_cifar.tables import TrainingTables, cut_tables, read_csv
@@ -56,7 +57,7 @@ def asked_for(cfg: DictConfig) -> tuple[DictConfig, Invocation]:
     folder = Path(hydra.runtime.output_dir)
     overrides = tuple(OmegaConf.to_container(hydra.overrides.task, resolve=False))
     # Ray starts a job anew whose process was killed: what the sweep planned to run has been on its way by then.
-    if cfg.resume is not None or (job is not None and sweep.is_stopped(folder, cfg)):
+    if cfg.resume is not None or (job is not None and is_stopped(folder, cfg)):
         root, uri = (cfg.data.root if _typed("data.root", overrides) else None), _typed_uri(cfg, overrides)
         cfg, invocation = resume.saved_run(folder, root, uri)
     else:
@@ -93,7 +94,7 @@ def train_in_processes(cfg: DictConfig, invocation: Invocation) -> None:
     """`trainer.devices` processes, of which the first does all that one alone does; whatever ends one ends the run."""
     device = parts.choose_device(cfg.trainer.device)
     parts.check_devices(device, cfg.trainer.devices)
-    ending = invocation.folder / sweep.STATUS
+    ending = invocation.folder / STATUS
     before = ending.stat().st_mtime_ns if ending.exists() else None
     logs = OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)
     try:
@@ -102,7 +103,7 @@ def train_in_processes(cfg: DictConfig, invocation: Invocation) -> None:
         known = run_id(invocation.folder)
         begun = known is not None if cfg.tracking.uri else (invocation.folder / "config.yaml").exists()
         as_before = before is not None and ending.exists() and ending.stat().st_mtime_ns == before
-        if begun and not as_before and sweep.status(invocation.folder) != ("FAILED", failure(error)):
+        if begun and not as_before and status(invocation.folder) != ("FAILED", failure(error)):
             # The process that recorded the run was killed, or only met the end of the one that failed.
             stopped = dataclasses.replace(invocation, resumed=True, run_id=known, recorded=True)
             with contextlib.suppress(BaseException), recorded(cfg, stopped, {}):

@@ -13,7 +13,8 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from resnet_cifar.lr_finder import RangeTest, suggest
-from resnet_cifar.sweep import SKIP, Plan, job_name, short_names, short_value, status
+from resnet_cifar.run_folder import status
+from resnet_cifar.sweep_plan import SKIP, Plan, job_name, short_names, short_value
 from resnet_cifar.tables import append_csv, read_csv
 
 SEED = "seed"

@@ -8,7 +8,8 @@ from resnet_cifar import schema
 from resnet_cifar.compose import compose, parse_arguments, start_job
 from resnet_cifar.errors import ConfigError
 from resnet_cifar.experiment import asked_for
-from resnet_cifar.recording import Invocation, check_unused
+from resnet_cifar.recording import Invocation
+from resnet_cifar.run_folder import check_unused
 
 
 def begin(*overrides: str) -> tuple[DictConfig, Invocation]:

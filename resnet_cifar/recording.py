@@ -9,21 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from resnet_cifar import schema, tracking
 from resnet_cifar.artifact_files import write_whole
 from resnet_cifar.checkpoint import LAST
 from resnet_cifar.console import log_failure, setting, shown
-from resnet_cifar.delivery import read_records
 from resnet_cifar.environment import without_environment
-from resnet_cifar.errors import CheckpointError, StorageError
+from resnet_cifar.errors import StorageError
 from resnet_cifar.loop import EpochRecord
 from resnet_cifar.passwords import without_passwords
 from resnet_cifar.progress import where_to_look
+from resnet_cifar.run_folder import STATUS, only_process
 from resnet_cifar.signals import STOPPED, exit_on_ending_signals, ignored
-from resnet_cifar.sweep import STATUS
 from resnet_cifar.tables import read_csv
 from resnet_cifar.tracked_run import Run
 
@@ -115,15 +113,6 @@ def failure(error: BaseException) -> str:
     return without_passwords(f"{type(error).__name__}: {error}".strip())
 
 
-def check_unused(folder: Path) -> None:
-    """Raise StorageError where the folder holds a run already."""
-    if (folder / "config.yaml").exists():
-        raise StorageError(
-            f"{folder} holds a run already: give another folder, or none, as hydra.run.dir,\n"
-            f"or go on with the run: python run.py {setting('resume', folder)}"
-        )
-
-
 def _start(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, str]) -> Run:
     params = {} if invocation.recorded else compared_params(cfg, invocation)
     tags = {
@@ -145,20 +134,6 @@ def _start(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, str
     )
 
 
-@contextmanager
-def only_process(folder: Path) -> Iterator[None]:
-    """Hold the run's folder against other processes.
-
-    Raises:
-        StorageError: another one holds it.
-    """
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise StorageError(f"Another process is working on the run in {folder}. Wait for it or stop it.") from error
-
-
 @ignored(signal.SIGTERM, signal.SIGHUP)  # a second one, when the first has ended the run, would leave it without an end
 def _end(folder: Path, tracked_run: Run, status: str, note: str | None) -> None:
     for pattern in FILES:
@@ -170,29 +145,6 @@ def _end(folder: Path, tracked_run: Run, status: str, note: str | None) -> None:
     except OSError as error:
         log.warning("%s cannot be written: %s", folder / STATUS, error)
     tracked_run.finish(status, note)  # last: Ctrl-C may end its wait for the store
-
-
-def find_run(reference: str, outputs: Path, key: str) -> Path:
-    """The folder of a run, given as such or as the id of an MLflow run somewhere under `outputs`; `key` is where it was given.
-
-    Raises:
-        CheckpointError: there is no such run.
-    """
-    folder = Path(reference).absolute()
-    if (folder / "config.yaml").is_file():
-        return folder
-    for journal in outputs.rglob("tracking.jsonl") if reference.isalnum() else ():
-        if run_id(journal.parent) == reference and (journal.parent / "config.yaml").is_file():
-            return journal.parent
-    raise CheckpointError(
-        f"{key}={reference}: there is no such run. Give the folder of a run, which holds its config.yaml,\n"
-        f"or the id of an MLflow run whose folder lies under {outputs}"
-    )
-
-
-def run_id(folder: Path) -> str | None:
-    """The MLflow run that the folder's journal belongs to."""
-    return next((record["run"] for record in read_records(folder / "tracking.jsonl")), None)
 
 
 def epoch_metrics(record: EpochRecord, evaluated_on: str) -> dict[str, float]:

@@ -15,9 +15,9 @@ from resnet_cifar.delivery import read_records
 from resnet_cifar.errors import CheckpointError, ConfigError
 from resnet_cifar.hydra_setup import outputs
 from resnet_cifar.loop import Progress, Training
-from resnet_cifar.recording import Invocation, find_run, run_id
+from resnet_cifar.recording import Invocation
+from resnet_cifar.run_folder import find_run, run_id, status
 from resnet_cifar.suggestions import quoted
-from resnet_cifar.sweep import status
 from resnet_cifar.tracked_run import SUMMARY
 
 MOVABLE = ("data.root=", "tracking.uri=")

@@ -12,7 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from resnet_cifar.figures import EVAL, INK, MARK, MUTED, STYLE, draw_heat_map_colours, overlay
-from resnet_cifar.sweep import short_value
+from resnet_cifar.sweep_plan import short_value
 
 LINES = ("#1d4ed8", "#b91c1c", "#047857", "#b45309", "#7c3aed", "#0e7490", "#be185d", "#4d7c0f", "#475569", "#92400e")
 LEGEND_LINES = 12

@@ -13,15 +13,16 @@ from urllib.parse import quote, urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 
-from resnet_cifar import recording, tracking
+from resnet_cifar import run_folder, tracking
 from resnet_cifar.artifact_files import local_folder
 from resnet_cifar.compose import Sweep
 from resnet_cifar.delivery import reason
 from resnet_cifar.errors import StorageError
 from resnet_cifar.fingerprint import config_hash, source_hash
 from resnet_cifar.progress import LOCAL_SERVER, shown_uri
+from resnet_cifar.run_folder import has_finished
 from resnet_cifar.store_errors import user_errors
-from resnet_cifar.sweep import SKIP, has_finished, is_of_this_source
+from resnet_cifar.sweep_plan import SKIP, is_of_this_source
 from resnet_cifar.sync import sync_all
 from resnet_cifar.tracked_run import TrackedRun, run_page
 
@@ -91,7 +92,7 @@ def _files(run: "MlflowRun", settings: DictConfig, sweep_folder: Path) -> Path:
     """The folder with a run's files: its own, the store's, or for a run of another machine a copy from the store."""
     own, folders = Path(run.data.tags.get("process.folder", "/nowhere")), [local_folder(run.info.artifact_uri)]
     with contextlib.suppress(OSError):  # another user's
-        if recording.run_id(own) == run.info.run_id:  # else set aside since, for a run that is in its place
+        if run_folder.run_id(own) == run.info.run_id:  # else set aside since, for a run that is in its place
             folders.insert(0, own)
     for folder in folders:
         if folder is not None and (folder / "config.yaml").exists():  # only a training has a history
@@ -170,7 +171,7 @@ def run_id(folder: Path) -> str | None:
     """The MLflow run whose files are in `folder`: a run's own, the store's or a copy; None without tracking."""
     if folder.name == "artifacts":
         return folder.parent.name
-    return folder.name if folder.parent.name == COPIES else recording.run_id(folder)
+    return folder.name if folder.parent.name == COPIES else run_folder.run_id(folder)
 
 
 def log_summary(cfg: DictConfig, sweep_id: str, name: str, note: str, folder: Path) -> TrackedRun:

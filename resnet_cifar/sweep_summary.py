@@ -20,7 +20,7 @@ from resnet_cifar.errors import StorageError
 from resnet_cifar.evaluation import restore_parts
 from resnet_cifar.leaderboard import SEED, Result, score
 from resnet_cifar.report import save_figure
-from resnet_cifar.sweep import FAILED, Plan, job_name, load_plan, short_names
+from resnet_cifar.sweep_plan import FAILED, Plan, job_name, load_plan, short_names
 
 GRID_IMAGES, GRID_RUNS = 6, 7
 NOTE_ROWS = 25  # MLflow cuts a note at 8000 characters

@@ -24,7 +24,7 @@ from processes import (
 )
 from test_loop import numbers, synthetic, training
 
-from resnet_cifar import checkpoint, recording, resume, tracking
+from resnet_cifar import checkpoint, resume, run_folder, tracking
 from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.errors import CheckpointError
 from resnet_cifar.loop import Progress, fit
@@ -343,7 +343,7 @@ def test_an_interrupted_run_goes_on_where_its_images_and_its_store_are_now(tmp_p
 
 def test_a_run_is_found_by_its_mlflow_id(uninterrupted):
     _, run = tracked(uninterrupted)
-    found = recording.find_run(run.info.run_id, uninterrupted.parents[1], "resume")
+    found = run_folder.find_run(run.info.run_id, uninterrupted.parents[1], "resume")
     assert found == uninterrupted
 
 
@@ -360,8 +360,8 @@ def test_a_torn_journal_hides_no_other_run(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tracking.jsonl").write_text(journal)
         (tmp_path / name / "config.yaml").touch()
-    assert recording.find_run("beef", tmp_path, "resume") == tmp_path / "whole"
-    assert recording.run_id(tmp_path / "torn") is None and recording.run_id(tmp_path) is None
+    assert run_folder.find_run("beef", tmp_path, "resume") == tmp_path / "whole"
+    assert run_folder.run_id(tmp_path / "torn") is None and run_folder.run_id(tmp_path) is None
 
 
 def test_a_run_that_diverges_fails_with_6_and_keeps_its_last_good_checkpoint(start, outputs):

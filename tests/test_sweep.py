@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from processes import after_steps, killed_before_it_is_recorded, signals, some_seeds_fail
 from sweep_results import SWEEP, assert_one_run_for_each_seed, assert_seeds_1_and_2_failed, runs
 
-from resnet_cifar import fingerprint, leaderboard, sweep, sweep_figures, sweep_store, sweep_summary
+from resnet_cifar import fingerprint, leaderboard, run_folder, sweep_figures, sweep_plan, sweep_store, sweep_summary
 from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.fingerprint import config_hash, source_hash
 from resnet_cifar.leaderboard import Result
@@ -189,7 +189,7 @@ def finished(tmp_path):
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "config.yaml").write_text(OmegaConf.to_yaml(of_0))
     (tmp_path / "0" / "status.txt").write_text("FINISHED\n")
-    sweep.Plan("id", str(tmp_path), [], source_hash(), []).save()
+    sweep_plan.Plan("id", str(tmp_path), [], source_hash(), []).save()
     return tmp_path / "0", of_0, of_1
 
 
@@ -201,7 +201,7 @@ def test_a_folder_given_by_hand_with_another_sweeps_runs_is_not_taken_for_this_o
     (folder / "status.txt").write_text("KILLED\n")
     (folder / ".hydra").mkdir()
     (folder / ".hydra" / "hydra.yaml").touch()
-    assert sweep.is_stopped(folder, of_0) and not sweep.is_stopped(folder, of_1)
+    assert run_folder.is_stopped(folder, of_0) and not run_folder.is_stopped(folder, of_1)
 
 
 @pytest.mark.parametrize("damaged", ["", "seed: [", "- 1\n", "seed: 0\n"])
@@ -209,7 +209,7 @@ def test_a_run_whose_configuration_a_crash_damaged_is_none(finished, damaged):
     folder, of_0, _ = finished
     (folder / "config.yaml").write_text(damaged)
     composition = composed("seed=0,1", "tracking=none", f"hydra.sweep.dir={folder.parent}")
-    assert sweep_store.finished_runs(composition.sweep) == {} and not sweep.is_stopped(folder, of_0)
+    assert sweep_store.finished_runs(composition.sweep) == {} and not run_folder.is_stopped(folder, of_0)
 
 
 def test_what_runs_anew_moves_its_predecessor_aside_and_that_one_alone(finished):
@@ -218,10 +218,12 @@ def test_what_runs_anew_moves_its_predecessor_aside_and_that_one_alone(finished)
     stranger.mkdir()
     (stranger / "config.yaml").touch()
     given = ["-m", "data=digits", "tracking=none", f"hydra.sweep.dir={folder.parent}"]
-    sweep.prepare([*given, "seed=1,0"], composed("seed=1,0", "tracking=none", f"hydra.sweep.dir={folder.parent}").sweep)
-    first, _ = sweep.load_plan(folder.parent).jobs
-    assert (first.action, first.folder) == (sweep.RUN, str(folder))
-    assert sweep.has_finished(folder.parent / "0_replaced_1", config_hash(of_0)) and not folder.exists()
+    sweep_plan.prepare(
+        [*given, "seed=1,0"], composed("seed=1,0", "tracking=none", f"hydra.sweep.dir={folder.parent}").sweep
+    )
+    first, _ = sweep_plan.load_plan(folder.parent).jobs
+    assert (first.action, first.folder) == (sweep_plan.RUN, str(folder))
+    assert run_folder.has_finished(folder.parent / "0_replaced_1", config_hash(of_0)) and not folder.exists()
     assert stranger.exists()
 
 
@@ -229,14 +231,14 @@ def test_a_result_that_was_moved_aside_is_found_where_it_is(monkeypatch, finishe
     folder, of_0, _ = finished
     monkeypatch.setattr(sweep_store, "finished_runs", lambda _: {config_hash(of_0): folder})
     given = ["tracking=none", f"hydra.sweep.dir={folder.parent}"]
-    sweep.prepare(["-m", "data=digits", *given, "seed=1,0"], composed(*given, "seed=1,0").sweep)
-    _, skipped = sweep.load_plan(folder.parent).jobs
-    assert (skipped.action, skipped.result) == (sweep.SKIP, str(folder.parent / "0_replaced_1"))
+    sweep_plan.prepare(["-m", "data=digits", *given, "seed=1,0"], composed(*given, "seed=1,0").sweep)
+    _, skipped = sweep_plan.load_plan(folder.parent).jobs
+    assert (skipped.action, skipped.result) == (sweep_plan.SKIP, str(folder.parent / "0_replaced_1"))
 
 
 def test_another_run_in_a_jobs_folder_is_not_the_job(finished):
     folder, of_0, of_1 = finished
-    assert sweep.has_finished(folder, config_hash(of_0)) and not sweep.has_finished(folder, config_hash(of_1))
+    assert run_folder.has_finished(folder, config_hash(of_0)) and not run_folder.has_finished(folder, config_hash(of_1))
 
 
 @pytest.mark.parametrize("option", [["--config-dir", "w=1"], ["-cn", "config"]])
@@ -244,7 +246,7 @@ def test_the_sweeps_folder_stands_beside_the_other_settings(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "w=1").mkdir()
     given = ["-m", "~scheduler.cycle_momentum", "seed=0,1", "tracking=none", f"output_dir={tmp_path}", *option]
-    argv = sweep.prepare(given, compose(parse_arguments(given)).sweep)
+    argv = sweep_plan.prepare(given, compose(parse_arguments(given)).sweep)
     assert parse_arguments(argv).overrides[:-1] == parse_arguments(given).overrides
 
 
@@ -253,28 +255,28 @@ def test_after_a_change_of_the_source_nothing_in_a_folder_given_by_hand_is_finis
     planned_sweep = composed("seed=0,1", "tracking=none", f"hydra.sweep.dir={folder.parent}").sweep
 
     def planned():
-        return sweep._plan([], planned_sweep, sweep_store.finished_runs(planned_sweep)).jobs[0].action
+        return sweep_plan._plan([], planned_sweep, sweep_store.finished_runs(planned_sweep)).jobs[0].action
 
-    assert planned() == sweep.SKIP
+    assert planned() == sweep_plan.SKIP
     (folder / "status.txt").unlink()
     (folder / ".hydra").mkdir()
     (folder / ".hydra" / "hydra.yaml").touch()
-    assert planned() == sweep.RESUME
+    assert planned() == sweep_plan.RESUME
     anew = composed("seed=0,1", "tracking=none", f"hydra.sweep.dir={folder.parent}", "sweep.rerun=all")
-    assert sweep._plan([], anew.sweep, {}).jobs[0].action == sweep.RUN
-    assert not sweep.is_stopped(folder, composed("seed=0,1").jobs[0][0])  # which is tracked elsewhere
-    sweep.Plan("id", str(folder.parent), [], "another source", []).save()
-    assert planned() == sweep.RUN
+    assert sweep_plan._plan([], anew.sweep, {}).jobs[0].action == sweep_plan.RUN
+    assert not run_folder.is_stopped(folder, composed("seed=0,1").jobs[0][0])  # which is tracked elsewhere
+    sweep_plan.Plan("id", str(folder.parent), [], "another source", []).save()
+    assert planned() == sweep_plan.RUN
     (folder / "status.txt").write_text("FINISHED\n")
-    assert planned() == sweep.RUN
-    (folder.parent / sweep.PLAN).write_text("")  # by a crash of the machine
-    assert planned() == sweep.RUN
+    assert planned() == sweep_plan.RUN
+    (folder.parent / sweep_plan.PLAN).write_text("")  # by a crash of the machine
+    assert planned() == sweep_plan.RUN
 
 
 def test_a_secret_in_a_sweeps_name_is_not_written_down(monkeypatch):
     monkeypatch.setenv("CANARY", "s3cr3t")
     composition = composed("seed=0,1", "tracking.run_name='night ${oc.env:CANARY}'")
-    assert [job.name for job in sweep._plan([], composition.sweep, {}).jobs] == [
+    assert [job.name for job in sweep_plan._plan([], composition.sweep, {}).jobs] == [
         f"night ${{oc.env:CANARY}} seed={seed}" for seed in (0, 1)
     ]
 
@@ -298,9 +300,12 @@ def test_a_path_with_an_apostrophe_is_one_value_for_hydra():
 
 def test_jobs_are_named_by_what_they_varied():
     jobs = [["scheduler.div_factor=10", "seed=0", "data=digits"], ["scheduler.div_factor=25", "seed=0", "data=digits"]]
-    assert [sweep.job_name(values, None) for values in sweep.varied(jobs)] == ["div_factor=10", "div_factor=25"]
+    assert [sweep_plan.job_name(values, None) for values in sweep_plan.varied(jobs)] == [
+        "div_factor=10",
+        "div_factor=25",
+    ]
     alike = {"optimizer._target_": "a", "scheduler._target_": "b"}
-    assert sweep.job_name(alike, "night") == "night optimizer._target_=a scheduler._target_=b"
+    assert sweep_plan.job_name(alike, "night") == "night optimizer._target_=a scheduler._target_=b"
 
 
 def result(values, accuracy, evaluated_on="test", status="FINISHED", test_accuracy=None):
@@ -400,11 +405,12 @@ def finished_job(folder, *predictions, columns="label,prediction"):
     return str(folder)
 
 
-def found_in(tmp_path, *folders, action=sweep.RUN):
+def found_in(tmp_path, *folders, action=sweep_plan.RUN):
     jobs = [
-        sweep.Job(n, folder, {"checkpoint": folder[-1]}, "", action, folder, folder) for n, folder in enumerate(folders)
+        sweep_plan.Job(n, folder, {"checkpoint": folder[-1]}, "", action, folder, folder)
+        for n, folder in enumerate(folders)
     ]
-    return leaderboard.results(sweep.Plan("id", str(tmp_path), ["-m"], source_hash(), jobs))
+    return leaderboard.results(sweep_plan.Plan("id", str(tmp_path), ["-m"], source_hash(), jobs))
 
 
 def test_jobs_that_evaluate_are_ranked_without_a_history(tmp_path):
@@ -435,15 +441,17 @@ def test_the_rates_that_a_sweep_found_are_in_its_table(tmp_path):
             f"{place},{lr},{loss}" for place, (lr, loss) in enumerate(zip((0.01, 0.02, 0.04), losses, strict=True))
         ]
         (folder / "lr_finder.csv").write_text("\n".join(["iteration,lr,loss", *points]) + "\n")
-        jobs.append(sweep.Job(0, "", {"seed": seed}, "", sweep.RUN, str(folder), str(folder)))
-    found = leaderboard.results(sweep.Plan("id", str(tmp_path), ["-m"], source_hash(), jobs))
+        jobs.append(sweep_plan.Job(0, "", {"seed": seed}, "", sweep_plan.RUN, str(folder), str(folder)))
+    found = leaderboard.results(sweep_plan.Plan("id", str(tmp_path), ["-m"], source_hash(), jobs))
     assert [row["found_lr"] for row in leaderboard.rows_of_runs(found)] == [0.02, 0.04]
     assert leaderboard.text(leaderboard.table(found)).split("\n")[1] == "0.02 to 0.04  2 FINISHED"
     assert [row["found_lr"] for row in leaderboard.table(found[:1])] == ["0.02"]
 
 
 @pytest.mark.parametrize(
-    ("action", "expected"), [(sweep.SKIP, ("FINISHED", 100)), (sweep.RUN, ("UNFINISHED", None))], ids=["skip", "run"]
+    ("action", "expected"),
+    [(sweep_plan.SKIP, ("FINISHED", 100)), (sweep_plan.RUN, ("UNFINISHED", None))],
+    ids=["skip", "run"],
 )
 def test_without_a_status_what_was_skipped_is_finished_by_the_stores_word(tmp_path, action, expected):
     finished_job(tmp_path / "a", "cat,cat")
@@ -487,7 +495,7 @@ def test_the_time_a_resumed_run_lay_stopped_is_not_in_the_estimate(outputs, tmp_
         client.log_param(run.info.run_id, "trainer.epochs", 2)
         client.set_terminated(run.info.run_id, "FINISHED", end_time=1000 * (1 + seconds))
 
-    estimate = [composition.sweep, [sweep.RUN, sweep.SKIP]]
+    estimate = [composition.sweep, [sweep_plan.RUN, sweep_plan.SKIP]]
     earlier(360_000, **{"resumed.git_commit": "abc"})
     assert sweep_store.estimate(*estimate).startswith("no earlier runs")
     earlier(60)
@@ -504,7 +512,7 @@ def test_the_time_a_resumed_run_lay_stopped_is_not_in_the_estimate(outputs, tmp_
     ],
 )
 def test_long_decimals_are_short_in_names(value, shown):
-    assert sweep.short_value(value) == shown
+    assert sweep_plan.short_value(value) == shown
 
 
 def test_long_names_take_no_room_from_the_images():
@@ -582,8 +590,8 @@ def test_a_run_that_a_process_works_on_is_not_set_aside(commands, outputs, tmp_p
 
 
 def test_a_plan_survives_its_file(tmp_path):
-    job = sweep.Job(0, "seed=0", {"seed": "0"}, "abc", sweep.RUN, str(tmp_path / "0"), str(tmp_path / "0"))
-    plan = sweep.Plan("id", str(tmp_path), ["-m", "seed=0"], source_hash(), [job])
+    job = sweep_plan.Job(0, "seed=0", {"seed": "0"}, "abc", sweep_plan.RUN, str(tmp_path / "0"), str(tmp_path / "0"))
+    plan = sweep_plan.Plan("id", str(tmp_path), ["-m", "seed=0"], source_hash(), [job])
     plan.save()
-    assert sweep.load_plan(tmp_path) == plan
-    assert json.loads((tmp_path / sweep.PLAN).read_text())["jobs"][0]["name"] == "seed=0"
+    assert sweep_plan.load_plan(tmp_path) == plan
+    assert json.loads((tmp_path / sweep_plan.PLAN).read_text())["jobs"][0]["name"] == "seed=0"
