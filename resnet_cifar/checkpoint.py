@@ -67,20 +67,22 @@ def exists(folder: Path) -> bool:
     return any((folder / name).exists() for name in (LAST, PREVIOUS))
 
 
-def load(path: Path, network: nn.Module | None = None) -> dict[str, Any]:
+def load(path: Path, network: nn.Module | None = None, advice: str = ADVICE) -> dict[str, Any]:
     """The state in the checkpoint file `path`, or in the newest valid one of the folder `path`, on the CPU.
+
+    `advice` ends the message about one that cannot be used.
 
     Raises:
         CheckpointError: there is none, or it is damaged, foreign, of another model than `network`, or holds anything but
             plain types.
     """
     if not path.is_dir():
-        return _load_file(path, network)
+        return _load_file(path, network, advice)
     for folder in (path, path / "checkpoints"):
         candidates = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
         for candidate in candidates:
             try:
-                return _load_file(candidate, network)
+                return _load_file(candidate, network, advice)
             except CheckpointError as error:
                 if candidate == candidates[-1]:
                     raise
@@ -112,26 +114,26 @@ def shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(tensor, "shape", ())) for name, tensor in weights.items()}
 
 
-def _load_file(path: Path, network: nn.Module | None) -> dict[str, Any]:
+def _load_file(path: Path, network: nn.Module | None, advice: str) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"The checkpoint {path} cannot be read: {error.strerror}.") from error
     body, trailer = content[:-_TRAILER], content[-_TRAILER:]
     if not trailer.startswith(_MARK):
-        raise CheckpointError(f"{path} is not a checkpoint of this program, or it was cut short. {ADVICE}")
+        raise CheckpointError(f"{path} is not a checkpoint of this program, or it was cut short. {advice}")
     if hashlib.sha256(body).hexdigest().encode() != trailer[len(_MARK) :]:
-        raise CheckpointError(f"The checkpoint {path} is damaged: its SHA-256 does not match. {ADVICE}")
+        raise CheckpointError(f"The checkpoint {path} is damaged: its SHA-256 does not match. {advice}")
     try:
         state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except Exception as error:  # a forged file makes the unpickler raise almost anything
         raise CheckpointError(
-            f"The checkpoint {path} holds more than plain values: it could run code. {ADVICE}"
+            f"The checkpoint {path} holds more than plain values: it could run code. {advice}"
         ) from error
     if not isinstance(state, dict) or not state.keys() >= KEYS or not isinstance(state["model"], dict):
-        raise CheckpointError(f"{path} is not a checkpoint of this program. {ADVICE}")
+        raise CheckpointError(f"{path} is not a checkpoint of this program. {advice}")
     if network is not None and shapes(state["model"]) != shapes(network.state_dict()):
-        raise CheckpointError(f"The checkpoint {path} is of another model. {ADVICE}")
+        raise CheckpointError(f"The checkpoint {path} is of another model. {advice}")
     return state
 
 
@@ -153,10 +155,10 @@ def _sync_folder(folder: Path) -> None:
 
 def _storage_error(error: OSError, folder: Path, size: int) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(folder).free
+        needed, there = f"a checkpoint needs {size / 1e6:.1f} MB", folder if folder.exists() else folder.parent
         kept = "; the last good checkpoint is still there" if exists(folder) else ""
-        return StorageError(
-            f"The disk is full: a checkpoint needs {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free in {folder}.\n"
-            f"Free some space{kept}."
-        )
+        said = f"The disk is full: {needed}, {shutil.disk_usage(there).free / 1e6:.1f} MB are free in {there}."
+        if error.errno == errno.EDQUOT:  # what is free on the disk is not free for this user
+            said = f"Your quota is used up: {needed} in {there}."
+        return StorageError(f"{said}\nFree some space{kept}.")
     return StorageError(f"The checkpoint folder {folder} cannot be written: {error.strerror or error}.")

@@ -86,6 +86,8 @@ def _unknown_key(key: str, arguments: argparse.Namespace) -> str:
     known = known_keys(arguments)
     if key in known:  # what is given is a mapping, with a key that is not there
         return f"{key} has no entry of such a name; another one wants a +: +{key}{value}"
+    if key.startswith("explain.layers.") and value:
+        return f"{key} is not a key; another layer wants a +: +{key}{value}"
     return f"{key} is not a key{did_you_mean(key, known, value) or _with_a_plus(key, value, arguments)}"
 
 
@@ -102,14 +104,12 @@ def _options_with(key: str) -> list[str]:
 
 
 def _with_a_plus(key: str, value: str, arguments: argparse.Namespace) -> str:
-    """For a key that is not in the configuration and could be: what a `_target_` or Grad-CAM takes beside what is there."""
+    """For a key that is not in the configuration and could be: what a `_target_` takes beside what is there."""
     from resnet_cifar.targets import resolve  # late: the target's own imports take seconds
 
     section, _, name = key.rpartition(".")
     if not section or not value:
         return ""
-    if section == "explain.layers":
-        return f"; another layer wants a +: +{key}{value}"
     target = OmegaConf.select(_group_choices_alone(arguments), f"{section}._target_")
     with suppress(ConfigError, ValueError):  # a target that cannot be imported, or has no signature
         if target and (taken := closest(name, inspect.signature(resolve(target)).parameters)):

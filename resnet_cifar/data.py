@@ -70,7 +70,7 @@ class Digits:
 def as_images(dataset: LabelledImages) -> Images:
     """The whole data set as tensors, channels last in memory; pixels that are contiguous (N, H, W, C) are not copied.
 
-    Raises `DataError` where its `data` are no such pixels, or its `targets` no labels of theirs.
+    Raises `DataError` where its `data` are no such pixels, its `targets` no labels of theirs, or two `classes` of one name.
     """
     missing = [f"`{name}`" for name in ("data", "targets", "classes") if not hasattr(dataset, name)]
     if missing:
@@ -89,6 +89,8 @@ def as_images(dataset: LabelledImages) -> Images:
             f"The `targets` of {type(dataset).__name__} should be {len(array)} numbers, one for each image,\n"
             f"from 0 to {len(classes) - 1}, since there are {len(classes)} `classes`."
         )
+    if len(set(classes)) < len(classes):  # tables and figures tell them apart by name
+        raise DataError(f"Two `classes` of {type(dataset).__name__} have the same name: give each its own.")
     return Images(pixels, labels, classes)
 
 
@@ -101,6 +103,10 @@ def dataset_error(error: Exception, root: str | None, subfolder: str = "") -> Da
         return DataError(
             f"The data set in {place} {state} and cannot be downloaded: {error.reason}.\n"
             f"Give the folder that holds {subfolder or 'it'}: data.root=<folder>,\n{offline}"
+        )
+    if root and not place.exists() and not isinstance(error, PermissionError):  # to download into it, say
+        return DataError(
+            f"There is no {place}. Give the folder that holds {subfolder or 'it'}: data.root=<folder>,\n{offline}"
         )
     reason = " ".join(str(error).split())[:160]
     again = f"Delete {place} to download it again, give" if subfolder else "Give"

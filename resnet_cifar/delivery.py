@@ -160,10 +160,14 @@ def _read_sent(path: Path) -> set[int]:
 
 
 def is_refused(error: Exception) -> bool:
-    """Whether sending the same record again cannot succeed: a value refused, a file gone, a run removed for good."""
-    code, text = getattr(error, "error_code", None), str(error)
-    refused = code == REFUSED and IN_THE_TRASH not in text
-    return refused or (code == GONE and NO_RUN in text) or isinstance(error, FileNotFoundError)
+    """Whether sending the same record again cannot succeed: a value refused, a file gone."""
+    refused = getattr(error, "error_code", None) == REFUSED and IN_THE_TRASH not in str(error)
+    return refused or isinstance(error, FileNotFoundError)
+
+
+def has_no_such_run(error: Exception) -> bool:
+    """Whether the store does not have the record's run: it was removed for good, or this is another store."""
+    return getattr(error, "error_code", None) == GONE and NO_RUN in str(error)
 
 
 class Lane(threading.Thread):

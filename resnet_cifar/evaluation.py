@@ -74,9 +74,14 @@ def with_checkpoint(cfg: DictConfig, overrides: tuple[str, ...]) -> tuple[DictCo
         CheckpointError: there is no such checkpoint, or what it brings along is no configuration of this program.
     """
     given = Path(cfg.checkpoint)
-    state = checkpoint.load(given if given.exists() else find_run(cfg.checkpoint, Path(cfg.output_dir), "checkpoint"))
+    try:
+        found = given if given.exists() else find_run(cfg.checkpoint, Path(cfg.output_dir), "checkpoint")
+        state = checkpoint.load(found)
+    except OSError as error:  # another user's
+        raise CheckpointError(f"checkpoint={given} cannot be read: {error.strerror}.") from error
     saved, cfg = OmegaConf.create(state["config"]), cfg.copy()
     typed = [override.lstrip("+").partition("=")[0] for override in overrides]
+    taken_out = [key.removeprefix("~") for key in typed if key.startswith("~")]
     if "model" in typed:  # the layers to look at come with it
         saved.explain.layers = cfg.explain.layers
     for section in ("model", "data", "augmentation", "explain.layers"):
@@ -85,6 +90,10 @@ def with_checkpoint(cfg: DictConfig, overrides: tuple[str, ...]) -> tuple[DictCo
             if key.startswith(f"{section}."):
                 value = OmegaConf.select(cfg, key)
                 OmegaConf.update(chosen, key.removeprefix(f"{section}."), value, force_add=True)
+        for key in taken_out:
+            if key.startswith(f"{section}.") and OmegaConf.select(chosen, key.removeprefix(f"{section}.")) is not None:
+                where, _, name = key.removeprefix(f"{section}.").rpartition(".")
+                del (OmegaConf.select(chosen, where) if where else chosen)[name]
         OmegaConf.update(cfg, section, chosen, merge=False)
     if "data.root" in typed and "data.dataset.root" not in typed and "root" in cfg.data.dataset:
         cfg.data.dataset.root = cfg.data.root

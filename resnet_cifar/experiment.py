@@ -18,6 +18,7 @@ from resnet_cifar.deployed_model import DeployedModel
 from resnet_cifar.distributed import ALONE, World
 from resnet_cifar.evaluation import evaluate_and_explain, evaluate_checkpoint, explain_checkpoint, log_flip_accuracy
 from resnet_cifar.fingerprint import config_hash, source_hash
+from resnet_cifar.hydra_setup import set_by_presets
 from resnet_cifar.learning_rate import choose_max_lr, find_lr
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord, Training, diverged, fit
 from resnet_cifar.progress import ProgressDisplay
@@ -61,7 +62,8 @@ def asked_for(cfg: DictConfig) -> tuple[DictConfig, Invocation]:
         root, uri = (cfg.data.root if _typed("data.root", overrides) else None), _typed_uri(cfg, overrides)
         cfg, invocation = resume.saved_run(folder, root, uri)
     else:
-        invocation = Invocation(folder, overrides, dict(hydra.runtime.choices))
+        preset = set_by_presets(hydra.runtime, overrides)
+        invocation = Invocation(folder, overrides, dict(hydra.runtime.choices), preset=preset)
     return cfg, dataclasses.replace(
         invocation,
         name=job.name if job is not None else "",

@@ -127,8 +127,17 @@ def _load_picture(path: Path, size: int) -> np.ndarray:
 
     with Image.open(path) as opened:
         picture = ImageOps.exif_transpose(opened)
-        if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to white
+        if picture.mode.startswith("I;16") or (picture.mode == "I" and opened.format == "PNG"):
+            # 16 bits of grey, which convert() would clip to white
             picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
+        elif picture.mode in (
+            "I",
+            "F",
+            "LAB",
+        ):  # from what to what its values go is not said, or Pillow cannot convert them
+            raise ValueError(
+                f"its pixels are of Pillow's mode {picture.mode}: save it with 8 or 16 bits for each colour"
+            )
         picture = picture.convert("RGBA")
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS))

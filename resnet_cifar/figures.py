@@ -51,7 +51,7 @@ def sample_training_images(images: np.ndarray, labels: Sequence[int], classes: S
     figure, panels = _grid(len(images), 5, 1.9, "Training images as the network sees them, augmented")
     for axes, image, label in zip(panels, images, labels, strict=True):
         axes.imshow(image)
-        axes.set_title(_short(classes[label]), fontsize=10, loc="center", parse_math=False)
+        axes.set_title(shortened(classes[label]), fontsize=10, loc="center", parse_math=False)
     return figure
 
 
@@ -66,7 +66,7 @@ def misclassified_images(
 ) -> Figure:
     """Images, each under its true and its predicted class with the confidence (0..1) of the prediction."""
     figure, panels = _grid(len(images), 5, 2.4, title)
-    first_lines = [f"true: {_short(classes[label])}" for label in labels]
+    first_lines = [f"true: {shortened(classes[label])}" for label in labels]
     captions = _captions(first_lines, predictions, confidences, classes, "\nconfidence {:.1%}")
     for axes, image, caption in zip(panels, images, captions, strict=True):
         axes.imshow(image)
@@ -96,13 +96,13 @@ def grad_cam(
     heading = f"Grad-CAM against the {against} class: {layer}, {map_size[0]}x{map_size[1]} map\n{title}"
     figure, panels = _grid(len(images), 4, 1.62, heading, footer=0.2)
     if labels is None:
-        first_lines = [_short(name, 24) for name in names]
+        first_lines = [shortened(name, 24) for name in names]
     else:
-        first_lines = [f"true: {_short(classes[label])}" for label in labels]
+        first_lines = [f"true: {shortened(classes[label])}" for label in labels]
     explained = predictions if labels is None or against == "predicted" else labels
     captions = _captions(first_lines, predictions, confidences, classes, " ({:.1%})")
     for axes, image, heat_map, target, caption in zip(panels, images, heat_maps, explained, captions, strict=True):
-        _draw_pair(axes, _unit(image), heat_map, _short(classes[target]))
+        _draw_pair(axes, _unit(image), heat_map, shortened(classes[target]))
         axes.set_title(caption, fontsize=9, loc="center", parse_math=False)
     draw_heat_map_colours(figure, panels)
     return figure
@@ -190,7 +190,7 @@ def confusion_matrix(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
     # The square root spreads the few per cent in which mistakes lie; on a linear scale all but the diagonal is white.
     drawn = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
     ticks = range(0, len(classes), -(-len(classes) // 40))  # as many as have room
-    names = [_short(classes[tick], 24) for tick in ticks]
+    names = [shortened(classes[tick], 24) for tick in ticks]
     axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
     axes.set_yticks(ticks, names, parse_math=False)
     axes.set_xlabel("predicted class")
@@ -229,7 +229,7 @@ def _captions(
     confidence_format: str,
 ) -> list[str]:
     return [
-        f"{first_line}\npredicted: {_short(classes[prediction])}{confidence_format.format(confidence)}"
+        f"{first_line}\npredicted: {shortened(classes[prediction])}{confidence_format.format(confidence)}"
         for first_line, prediction, confidence in zip(first_lines, predictions, confidences, strict=True)
     ]
 
@@ -271,5 +271,6 @@ def _unit(image: np.ndarray) -> np.ndarray:
     return image / 255 if image.dtype == np.uint8 else image
 
 
-def _short(name: str, length: int = 14) -> str:
+def shortened(name: str, length: int = 14) -> str:
+    """The name with at most `length` characters; a longer one ends in an ellipsis."""
     return name if len(name) <= length else f"{name[: length - 1]}…"

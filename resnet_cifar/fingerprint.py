@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,10 @@ def config_hash(cfg: DictConfig) -> str:
     if container.get("checkpoint") is not None:
         container["checkpoint"] = _end_of_checkpoint(Path(container["checkpoint"])) or container["checkpoint"]
     pictures = container.get("explain", {}).get("images")
-    if pictures is not None and Path(pictures).is_dir():
-        files = sorted(path for path in Path(pictures).iterdir() if path.is_file())
-        container["explain"]["images"] = [(path.name, _digest(path)) for path in files]
+    with suppress(OSError):  # what cannot be read is refused later, in words
+        if pictures is not None and Path(pictures).is_dir():
+            files = sorted(path for path in Path(pictures).iterdir() if path.is_file())
+            container["explain"]["images"] = [(path.name, _digest(path)) for path in files]
     return _hash(container)
 
 
@@ -54,11 +56,12 @@ def _digest(path: Path) -> str:
 def _end_of_checkpoint(path: Path) -> str:
     """The SHA-256 in which the checkpoint file or a run's last checkpoint ends; empty where `path` is none, but a run's id."""
     # checkpoint.py looks in the same places, but imports torch.
-    for file in (path, path / "last.pt", path / "checkpoints" / "last.pt"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                opened.seek(max(0, file.stat().st_size - 64))
-                return opened.read().hex()
+    with suppress(OSError):
+        for file in (path, path / "last.pt", path / "checkpoints" / "last.pt"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    opened.seek(max(0, file.stat().st_size - 64))
+                    return opened.read().hex()
     return ""
 
 

@@ -1,10 +1,11 @@
 """Hydra as this project starts it: where conf/ lies, the resolvers in it, and a Hydra to compose with."""
 
 import argparse
+import functools
 import os
 import secrets
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from resnet_cifar.errors import ConfigError
+from resnet_cifar.suggestions import keys
 from resnet_cifar.sweep_worker import gpus_of_a_job
 
 VERSION_BASE = "1.3"
@@ -32,8 +34,22 @@ def outputs() -> str:
 
 def presets() -> str:
     """The `${presets:}` of the help text: a line for each experiment/*.yaml, the first of its header; `--config-dir`'s too."""
-    sources = GlobalHydra.instance().config_loader().get_sources()
-    folders = [Path(source.path, "experiment") for source in sources if source.scheme() == "file"]
+    return _presets(_sources())
+
+
+def groups() -> str:
+    """The `${groups:}` of the help text: the options of each group but the presets, those of `--config-dir` among them."""
+    return _groups(_sources())
+
+
+def _sources() -> tuple[tuple[str, str], ...]:
+    return tuple((source.scheme(), source.path) for source in GlobalHydra.instance().config_loader().get_sources())
+
+
+# Cached, since every composition resolves the help text: each job of a sweep is one.
+@functools.cache
+def _presets(sources: tuple[tuple[str, str], ...]) -> str:
+    folders = [Path(path, "experiment") for scheme, path in sources if scheme == "file"]
     paths = {path.stem: path for folder in reversed(folders) for path in folder.glob("*.yaml")}  # the first one counts
     lines = []
     for _, path in sorted(paths.items()):
@@ -43,8 +59,8 @@ def presets() -> str:
     return "\n".join(lines)
 
 
-def groups() -> str:
-    """The `${groups:}` of the help text: the options of each group but the presets, those of `--config-dir` among them."""
+@functools.cache
+def _groups(sources: tuple[tuple[str, str], ...]) -> str:
     loader, lines = GlobalHydra.instance().config_loader(), []
     for group in sorted(set(loader.list_groups("")) - {"experiment", "hydra"}):
         lines += _in_columns(group, ", ".join(sorted(loader.get_group_options(group))))
@@ -54,6 +70,25 @@ def groups() -> str:
 def _in_columns(name: str, text: str) -> list[str]:
     line = f"{name:<14}{text}".rstrip()
     return textwrap.wrap(line, 80, initial_indent="  ", subsequent_indent=16 * " ", break_on_hyphens=False)
+
+
+def set_by_presets(runtime: DictConfig, overrides: Sequence[str]) -> tuple[str, ...]:
+    """The dotted keys that the presets of a job set, each once; `runtime` is Hydra's own account of it."""
+    chosen = [override.partition("=")[2].strip("[]") for override in overrides if override.startswith("experiment=")]
+    names = [runtime.choices.experiment] if runtime.choices.get("experiment") else ",".join(chosen).split(",")
+    folders = [
+        Path(source.path, "experiment") for source in runtime.get("config_sources") or () if source.schema == "file"
+    ]
+    return tuple(dict.fromkeys(key for name in names if name for key in _keys_of(name.strip(), folders)))
+
+
+def _keys_of(preset: str, folders: Sequence[Path]) -> Iterator[str]:
+    path = next((path for folder in folders if (path := folder / f"{preset}.yaml").is_file()), None)
+    option = OmegaConf.to_container(OmegaConf.load(path), resolve=False) if path else {}
+    for entry in option.pop("defaults", []):
+        if isinstance(entry, str) and entry != "_self_":  # another preset, which this one changes
+            yield from _keys_of(entry.rpartition("/")[2], folders)
+    yield from keys(option)
 
 
 # When imported, so that the worker processes of a parallel launcher have them too.

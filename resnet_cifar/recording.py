@@ -25,7 +25,8 @@ from resnet_cifar.signals import STOPPED, exit_on_ending_signals, ignored
 from resnet_cifar.tables import read_csv
 from resnet_cifar.tracked_run import Run
 
-# What people compare runs by, as far as a configuration has it: these always, then what was overridden, then the others.
+# What people compare runs by, as far as a configuration has it: these always, then what was overridden, by the command and by
+# its preset, then the others.
 COMPARED_GROUPS = ("data", "augmentation", "optimizer", "scheduler")
 USUAL_MODEL = "custom_resnet"  # another is compared too
 ALWAYS_COMPARED = ("seed", "trainer.epochs", "data.batch_size", "data.train_size", "model.width")
@@ -49,8 +50,8 @@ class Invocation:
 
     What one that is `recorded` already began with, its parameters and tags, stays.
 
-    In a sweep `name` says what it `varied` (keys), `place` where in the running sweep it stands, in words; `tags` say
-    which sweep that is, and which runs are the same as this one.
+    `preset` has the keys that its presets set. In a sweep `name` says what it `varied` (keys), `place` where in the running
+    sweep it stands, in words; `tags` say which sweep that is, and which runs are the same as this one.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class Invocation:
     resumed: bool = False
     run_id: str | None = None
     recorded: bool = False
+    preset: tuple[str, ...] = ()
     name: str = ""
     varied: tuple[str, ...] = ()
     place: str = ""
@@ -190,7 +192,7 @@ def compared_params(cfg: DictConfig, invocation: Invocation) -> dict[str, Any]:
             groups = [group for group in groups if name != f"{group}.transforms"]
         else:
             given.append(name)
-    keys = [*ALWAYS_COMPARED, *given, *COMPARED]
+    keys = [*ALWAYS_COMPARED, *given, *invocation.preset, *COMPARED]
     if cfg.checkpoint is not None:
         groups = [group for group in groups if group in given]
         keys = [key for key in keys if key in given or key.startswith(FROM_CHECKPOINT)]

@@ -42,15 +42,16 @@ def model_summary(model: nn.Module, image_shape: Sequence[int]) -> str:
     from torchinfo import summary
 
     columns = ("kernel_size", "input_size", "output_size", "num_params", "mult_adds", "trainable")
-    table = summary(
-        model,
-        input_size=(20, *image_shape),
-        depth=4,
-        col_names=columns,
-        row_settings=("var_names",),
-        verbose=0,
-        device=next(model.parameters()).device,  # else it moves the model to a GPU, where there is one
-    )
+    with torch.random.fork_rng(devices=[]):  # it draws its images on the CPU, of several processes in the first alone
+        table = summary(
+            model,
+            input_size=(20, *image_shape),
+            depth=4,
+            col_names=columns,
+            row_settings=("var_names",),
+            verbose=0,
+            device=next(model.parameters()).device,  # else it moves the model to a GPU, where there is one
+        )
     return str(table).replace("Units.GIGABYTES", "G").replace("Units.MEGABYTES", "M").replace("Units.KILOBYTES", "K")
 
 
@@ -220,8 +221,9 @@ def training_note(folder: Path, evaluated_on: str, test: Evaluation, max_lr: flo
     seconds = sum(row["epoch_seconds"] for row in history)
     peak = "no peak" if max_lr is None else f"max LR {max_lr:.6g}"
     target = f"{TARGET_ACCURACY}% first reached in epoch {reached}" if reached else f"{TARGET_ACCURACY}% not reached"
+    epochs = f"{last['epoch']} epoch{'s' if last['epoch'] > 1 else ''}"
     return (
-        f"**Test accuracy {test.accuracy:.2f}%**, loss {test.loss:.4f}, after {last['epoch']} epochs ({peak}).\n\n"
+        f"**Test accuracy {test.accuracy:.2f}%**, loss {test.loss:.4f}, after {epochs} ({peak}).\n\n"
         f"Best {evaluated_on} accuracy {best['eval_accuracy']:.2f}% in epoch {best['epoch']}, {target}; "
         f"the epochs took {seconds / 60:.1f} min."
     )

@@ -1,5 +1,6 @@
 """Going on with an interrupted run: finding it, its own configuration, and the state it stopped in."""
 
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,8 +13,8 @@ from yaml import YAMLError
 from resnet_cifar import schema
 from resnet_cifar.compose import HYDRA_FILE
 from resnet_cifar.delivery import read_records
-from resnet_cifar.errors import CheckpointError, ConfigError
-from resnet_cifar.hydra_setup import outputs
+from resnet_cifar.errors import CheckpointError, ConfigError, StorageError
+from resnet_cifar.hydra_setup import outputs, set_by_presets
 from resnet_cifar.loop import Progress, Training
 from resnet_cifar.recording import Invocation
 from resnet_cifar.run_folder import find_run, run_id, status
@@ -31,6 +32,7 @@ def command_line(argv: list[str]) -> list[str] | None:
     Raises:
         ConfigError: something else is given beside it, which would change what is continued.
         CheckpointError: there is no such run.
+        StorageError: its folder cannot be written.
     """
     given = next(argument for argument in argv if argument.lstrip("+").startswith("resume="))
     moved = [argument for argument in argv if argument.startswith(MOVABLE)]
@@ -44,6 +46,8 @@ def command_line(argv: list[str]) -> list[str] | None:
         )
     if status(folder)[0] == "FINISHED":
         return None
+    if not all(os.access(path, os.W_OK) for path in (folder, folder / "run.log") if path.exists()):
+        raise StorageError(f"{folder} cannot be written: only who may write there can go on with the run.")
     return [f"resume={quoted(folder)}", *moved, f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
 
 
@@ -70,16 +74,24 @@ def saved_run(folder: Path, root: str | None = None, uri: str | None = None) -> 
         raise CheckpointError(
             f"The run in {folder} cannot go on, its configuration cannot be used: {reason}"
         ) from error
-    known = run_id(folder)
+    known, overrides = run_id(folder), tuple(OmegaConf.to_container(hydra.overrides.task, resolve=False))
     invocation = Invocation(
         folder=folder,
-        overrides=tuple(OmegaConf.to_container(hydra.overrides.task, resolve=False)),
+        overrides=overrides,
         choices=dict(hydra.runtime.choices),
+        preset=set_by_presets(hydra.runtime, overrides),
         resumed=True,
         run_id=known,
-        recorded=known is not None or (folder / SUMMARY).exists(),
+        recorded=_was_recorded(folder, known),
     )
     return cfg, invocation
+
+
+def _was_recorded(folder: Path, run: str | None) -> bool:
+    """Whether the run's parameters are where they belong: a kill may have come between its start and these."""
+    if run is None:
+        return (folder / SUMMARY).exists()
+    return any(record["kind"] == "params" for record in read_records(folder / "tracking.jsonl"))
 
 
 def generator_states(device: torch.device) -> dict[str, torch.Tensor]:

@@ -82,8 +82,11 @@ def find_run(reference: str, outputs: Path, key: str) -> Path:
         CheckpointError: there is no such run.
     """
     folder = Path(reference).absolute()
-    if (folder / "config.yaml").is_file():
-        return folder
+    try:
+        if (folder / "config.yaml").is_file():
+            return folder
+    except OSError as error:  # another user's
+        raise CheckpointError(f"{key}={reference} cannot be read: {error.strerror}.") from error
     for journal in outputs.rglob("tracking.jsonl") if reference.isalnum() else ():
         if run_id(journal.parent) == reference and (journal.parent / "config.yaml").is_file():
             return journal.parent

@@ -1,5 +1,6 @@
 """A tracking store that cannot be used: noticed in time, and said so that a reader knows what to do."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,7 +55,7 @@ def user_errors(uri: str) -> Iterator[None]:
             advice = (
                 "Another MLflow version wrote it: pip install -U mlflow, and if it is older: mlflow db upgrade URI."
             )
-        elif "not a database" in text or "malformed" in text:
+        elif re.search(r"not a database|malformed|table \w+ already exists|duplicate column", text):
             advice = "The file is damaged: move it away, a new one is made, or restore a copy."
         elif "error code 401" in text or "error code 403" in text or getattr(error, "error_code", None) in DENIED:
             advice = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."

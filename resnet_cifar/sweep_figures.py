@@ -9,13 +9,15 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from resnet_cifar.figures import EVAL, INK, MARK, MUTED, STYLE, draw_heat_map_colours, overlay
+from resnet_cifar.figures import EVAL, INK, MARK, MUTED, STYLE, draw_heat_map_colours, overlay, shortened
 from resnet_cifar.sweep_plan import short_value
 
 LINES = ("#1d4ed8", "#b91c1c", "#047857", "#b45309", "#7c3aed", "#0e7490", "#be185d", "#4d7c0f", "#475569", "#92400e")
-LEGEND_LINES = 12
+OTHERS = "#cbd5e1"  # those that the legend has no colour for
+LEGEND_WIDTH, LONGEST_TICK, TICKS_WIDTH = 36, 28, 95  # characters
 
 
 @matplotlib.rc_context(STYLE)
@@ -31,24 +33,26 @@ def accuracy_against(
     ticks = sorted(set(values), key=_in_order)
     series = list(dict.fromkeys(others))
     for number, other in enumerate(series):
-        colour = LINES[number % len(LINES)] if len(series) > 1 else EVAL
+        colour = (LINES[number] if number < len(LINES) else OTHERS) if len(series) > 1 else EVAL
         mine = [(ticks.index(v), a) for v, a, o in zip(values, accuracies, others, strict=True) if o == other]
         places = sorted({place for place, _ in mine})
         means = [mean(accuracy for place, accuracy in mine if place == at) for at in places]
         # Beside each other, not over each other, where two series have the same value.
         shift = min(0.04, 0.6 / len(series)) * (number - (len(series) - 1) / 2)
-        label = (other or "mean") if number < LEGEND_LINES else None
-        axes.plot([at + shift for at in places], means, color=colour, linewidth=1.4, label=label)
+        axes.plot([at + shift for at in places], means, color=colour, linewidth=1.4)
         axes.plot([at + shift for at, _ in mine], [a for _, a in mine], "o", color=colour, markersize=6, alpha=0.6)
-    axes.set_xticks(range(len(ticks)), map(short_value, ticks))
+    written = [
+        value if len(value) <= LONGEST_TICK else f"…{value[1 - LONGEST_TICK :]}" for value in map(short_value, ticks)
+    ]
+    slanted = sum(len(value) + 2 for value in written) > TICKS_WIDTH
+    turned: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
+    axes.set_xticks(range(len(ticks)), written, parse_math=False, **turned)
     axes.set_xlim(-0.5, len(ticks) - 0.5)
     axes.set_xlabel(key)
     axes.set_ylabel(f"final {metric} (%)")
     axes.set_title("Final accuracy: a point per run, lines through the means")
-    if len(series) > LEGEND_LINES:
-        axes.plot([], [], " ", label=f"and {len(series) - LEGEND_LINES} more")
     if len(series) > 1:
-        axes.legend(loc="best", fontsize=9, ncols=2 if len(series) > 6 else 1)
+        _draw_legend(figure, [name or "mean" for name in series])
     return figure
 
 
@@ -56,23 +60,19 @@ def accuracy_against(
 def learning_curves(runs: Sequence[tuple[str, Sequence[float]]], metric: str) -> Figure:
     """Accuracy (%) by epoch of every run; seeds of one point have its name and colour, thin, under their mean.
 
-    Names come best first, and in that order into the legend, which ends after twelve.
+    Names come best first, and in that order into the legend, which ends after ten.
     """
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.subplots()
     names = list(dict.fromkeys(name for name, _ in runs))
     for place, name in reversed(list(enumerate(names))):  # the best on top
-        colour = LINES[place] if place < len(LINES) else "#cbd5e1"
+        colour = LINES[place] if place < len(LINES) else OTHERS
         curves = [accuracies for other, accuracies in runs if other == name]
         average = [mean(at_epoch) for at_epoch in zip(*curves, strict=False)]  # as far as all of them came
         style = "o-" if len(average) < 4 else "-"
         for accuracies in curves if len(curves) > 1 else ():
             axes.plot(range(1, len(accuracies) + 1), accuracies, style, color=colour, linewidth=0.8, alpha=0.3)
         axes.plot(range(1, len(average) + 1), average, style, color=colour, linewidth=1.6)
-    for place, name in enumerate(names[:LEGEND_LINES]):
-        axes.plot([], [], color=LINES[place] if place < len(LINES) else "#cbd5e1", label=name or "all runs")
-    if len(names) > LEGEND_LINES:
-        axes.plot([], [], " ", label=f"and {len(names) - LEGEND_LINES} more")
     longest = max(len(accuracies) for _, accuracies in runs)
     axes.set_xlim(0.5, longest + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -80,7 +80,7 @@ def learning_curves(runs: Sequence[tuple[str, Sequence[float]]], metric: str) ->
     axes.set_ylabel(f"{metric} (%)")
     how_many = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
     axes.set_title(f"{metric} of {how_many}" + ("; thick: mean over seeds" if len(names) < len(runs) else ""))
-    figure.legend(loc="outside right upper", fontsize=9)
+    _draw_legend(figure, [name or "all runs" for name in names])
     return figure
 
 
@@ -114,6 +114,7 @@ def grad_cam_grid(images: np.ndarray, labels: Sequence[str], runs: Sequence[Mapp
     """
     rows, columns = len(images), 1 + len(runs)
     names = [_in_column(str(run["name"]), 100 // columns) for run in ({"name": "image"}, *runs)]
+    room = 112 // max(columns, 6)  # characters of a class's name
     heading = 0.5 + 0.15 * max(1 + name.count("\n") for name in names)
     height = heading + rows * (9 / max(columns, 6) + 0.22) + 0.4
     figure = Figure(figsize=(9, height), layout=ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - heading / height)))
@@ -122,12 +123,16 @@ def grad_cam_grid(images: np.ndarray, labels: Sequence[str], runs: Sequence[Mapp
     panels = figure.subplots(rows, columns, squeeze=False)
     for row, (image, label) in enumerate(zip(images / 255, labels, strict=True)):
         panels[row, 0].imshow(image)
-        panels[row, 0].set_title(f"true: {label}", fontsize=8, loc="center", color=INK, parse_math=False)
+        panels[row, 0].set_title(
+            f"true: {shortened(label, room - 6)}", fontsize=8, loc="center", color=INK, parse_math=False
+        )
         for column, run in enumerate(runs, start=1):
             heat_map, prediction = run["heat_maps"][row], run["predictions"][row]
             panels[row, column].imshow(overlay(image, heat_map))
             colour = MUTED if prediction == label else MARK
-            panels[row, column].set_title(prediction, fontsize=8, loc="center", color=colour, parse_math=False)
+            panels[row, column].set_title(
+                shortened(prediction, room), fontsize=8, loc="center", color=colour, parse_math=False
+            )
     for axes, name in zip(panels[0], names, strict=True):
         written = axes.annotate(
             name, (0.5, 1.24), xycoords="axes fraction", ha="center", va="bottom", fontsize=9, fontweight="bold"
@@ -138,6 +143,20 @@ def grad_cam_grid(images: np.ndarray, labels: Sequence[str], runs: Sequence[Mapp
         axes.set_axis_off()
     draw_heat_map_colours(figure, list(panels.flat))
     return figure
+
+
+def _draw_legend(figure: Figure, names: Sequence[str]) -> None:
+    """The names beside the axes, in the order of LINES, as many as have a colour; a figure that is too low for it grows."""
+    labels = ["\n".join(textwrap.wrap(name, LEGEND_WIDTH)) for name in names[: len(LINES)]]
+    handles = [Line2D([], [], color=colour, linewidth=1.6) for colour in LINES[: len(labels)]]
+    if len(names) > len(LINES):
+        labels.append(f"and {len(names) - len(LINES)} more")
+        handles.append(Line2D([], [], color=OTHERS, linewidth=1.6))
+    legend = figure.legend(handles, labels, loc="outside right upper", fontsize=9)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    lines = sum(1 + label.count("\n") for label in labels)
+    figure.set_figheight(max(figure.get_figheight(), 0.4 + 0.17 * lines + 0.06 * len(labels)))
 
 
 def _in_column(name: str, width: int) -> str:

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from resnet_cifar.delivery import Journal, Record, is_refused, reason
+from resnet_cifar.delivery import Journal, Record, has_no_such_run, is_refused, reason
 from resnet_cifar.errors import StorageError
 from resnet_cifar.tracking import Store
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 def sync_all(output_dir: Path, uri: str | None = None) -> int:
     """Sends the undelivered records of all runs under `output_dir` and returns their number.
 
-    `uri` is where their tracking store is now, if it has moved.
+    `uri` is where their tracking store is now, if it has moved; what is not of a run there is kept.
     Runs that are still going are left alone. Raises StorageError when something could not be sent; sending again
     repeats nothing.
     """
@@ -51,7 +51,8 @@ def _send_pending(journal: Journal, refused: list[Record], uri: str | None) -> N
         try:
             store.deliver(record, journal.folder)
         except Exception as error:
-            if is_refused(error):
+            removed = uri is None and has_no_such_run(error)  # a store that was named now may be another one
+            if removed or is_refused(error):
                 refused.append(record)
                 log.warning("%s: %s is refused (%s)", journal.folder, record["kind"], reason(error))
             elif record["kind"] in ("file", "model"):

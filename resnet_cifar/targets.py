@@ -1,6 +1,7 @@
 """`_target_` paths from the configuration to objects: the one place that says which may be called, and calls them."""
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
@@ -85,7 +86,10 @@ def instantiate(node: DictConfig, **supplied: Any) -> Any:
     except (TypeError, ValueError, InstantiationException) as error:
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         if isinstance(cause, TypeError | ValueError | InstantiationException):
-            raise ConfigError(f"{node['_target_'].rpartition('.')[2]}() cannot be built: {cause}") from error
+            refused = re.search(r"unexpected keyword argument '(\w+)'$", str(cause))  # by what **kwargs went on to
+            key = refused[1] if refused else ""
+            hint = f"; take it out: ~{dotted(node._get_full_key(key))}" if key in node and key not in supplied else ""
+            raise ConfigError(f"{node['_target_'].rpartition('.')[2]}() cannot be built: {cause}{hint}") from error
         raise cause from None
 
 

@@ -173,7 +173,8 @@ class TrackedRun(Run):
     def finish(self, status: str, note: str | None = None) -> None:
         """Ends the run as FINISHED, FAILED or KILLED; `note` replaces its Markdown summary.
 
-        Waits for what is under way, not for a store that is down: then one line says what is left and how to send it.
+        Waits for what is under way, not for a store that is down: then one line says what is left and how to send it. FINISHED
+        comes after the files, which whoever sees it may read; the others before: who stops a run may not wait for them.
         """
         if self._finished:
             return
@@ -181,12 +182,15 @@ class TrackedRun(Run):
         super().finish(status, note)
         end = self._journal.append(self.run_id, "finish", status=status, note=without_passwords(note) if note else None)
         try:
+            if status != "FINISHED":
+                self._records.put(end)
             if self._records.drain(FLUSH_SECONDS):
                 try:
                     self._wait_for_files()
                 finally:  # Ctrl-C ends the wait alone
-                    self._records.put(end)
-                    self._records.drain(FLUSH_SECONDS)
+                    if status == "FINISHED":
+                        self._records.put(end)
+                        self._records.drain(FLUSH_SECONDS)
         finally:
             self._records.stop()
             self._files.stop()

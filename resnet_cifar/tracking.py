@@ -69,12 +69,12 @@ def start(
     """
     store = Store(uri)
     journal = Journal(folder)
-    values = as_texts({**origin(), **tags, **identity(folder)})
+    values = {**as_texts({**origin(), **tags}), **identity(folder)}  # as it is: by it a later start finds the process
     _import_mlflow()  # seconds, so before the lock
     try:
         with user_errors(uri), store.creation_lock():
             experiment_id = store.experiment_id(experiment, artifacts)
-            store.mark_dead_runs(experiment_id)
+            store.mark_dead_runs(experiment_id, but=run_id)
             if run_id is None:
                 name = without_passwords(run_name) if run_name else None
                 run_id = store.client.create_run(experiment_id, tags=values, run_name=name).info.run_id
@@ -115,7 +115,7 @@ class Store:
 
     @functools.cached_property
     def client(self) -> "MlflowClient":
-        """MLflow's client. Making the first one creates the tables of a new database: for SQLite, under `creation_lock`."""
+        """MLflow's client. The tables of a new SQLite database are made under `creation_lock`, which comes before it."""
         return _import_mlflow().MlflowClient(self.uri)
 
     def url(self, experiment_id: str, run_id: str) -> str:
@@ -126,17 +126,29 @@ class Store:
 
     @contextmanager
     def creation_lock(self) -> Iterator[None]:
-        """One process at a time on an SQLite database: several that create it at once break it for good."""
+        """One process at a time on an SQLite database, which is made if need be: several that do it at once break it for good."""
         if not self._database:
             yield
             return
         self._database.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self._database}.lock", timeout=300):
+            if not self._database.exists() or not self._database.stat().st_size:
+                within(DATABASE_SECONDS, self._create_database)
             # MLflow would try a locked or broken database ten times, which takes minutes.
             with closing(sqlite3.connect(self._database, timeout=BUSY_SECONDS, isolation_level=None)) as connection:
                 connection.execute("BEGIN IMMEDIATE")
                 connection.execute("ROLLBACK")
             yield
+
+    def _create_database(self) -> None:
+        # MLflow makes its tables one by one: stopped between two of them, it would never again open the file.
+        assert self._database is not None  # who calls this has looked
+        part = self._database.with_name(f".{self._database.name}.part")
+        part.unlink(missing_ok=True)
+        client = _import_mlflow().MlflowClient(f"sqlite:///{part}")
+        client.search_experiments(max_results=1)
+        client._tracking_client.store.engine.dispose()
+        os.replace(part, self._database)
 
     def experiment_id(self, name: str, artifacts: str | Path | None) -> str:
         """The experiment `name`, created if need be; `artifacts` is for the files of a new one in a database."""
@@ -184,16 +196,16 @@ class Store:
             raise StorageError(
                 f"The run {run_id} is still going, as process {run.data.tags['process.pid']}. Wait for it or stop it."
             )
-        # The tags first: a RUNNING run with the tags of a dead process would be marked KILLED.
-        self.client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()], synchronous=True)
+        # The tags first: a RUNNING run with the tags of a dead process would be marked KILLED. Its note says that it stopped.
+        self.client.log_batch(run_id, tags=[RunTag(*tag) for tag in {NOTE: "", **tags}.items()], synchronous=True)
         self.client.update_run(run_id, status="RUNNING")
         return run.info.experiment_id
 
-    def mark_dead_runs(self, experiment_id: str) -> None:
-        """Ends as KILLED the runs of this host that are RUNNING although their process is gone."""
+    def mark_dead_runs(self, experiment_id: str, but: str | None = None) -> None:
+        """Ends as KILLED the runs of this host that are RUNNING although their process is gone, `but` one that goes on now."""
         mine = f"attributes.status = 'RUNNING' and tags.`process.host` = '{identity(Path())['process.host']}'"
         for run in self.client.search_runs([experiment_id], mine, max_results=1000):
-            if not is_gone(run.data.tags):
+            if run.info.run_id == but or not is_gone(run.data.tags):
                 continue
             folder = run.data.tags.get("process.folder", "/nowhere")
             if has_unsent_end(Path(folder), run.info.run_id):

@@ -19,6 +19,8 @@ from resnet_cifar.errors import ConfigError, DataError
 from resnet_cifar.loop import Progress, Training
 from resnet_cifar.recording import Invocation
 
+START_AGAIN = "Without its folder\ncheckpoints/ the run starts again from its first epoch"
+
 log = logging.getLogger(__name__)
 
 
@@ -53,7 +55,7 @@ def load(cfg: DictConfig, invocation: Invocation, world: World = ALONE) -> Start
     built = parts.build_parts(cfg, train_images.classes)
     # Stopped before its first checkpoint, a run starts again.
     resumable = invocation.resumed and checkpoint.exists(invocation.folder / "checkpoints")
-    state = checkpoint.load(invocation.folder, built.network) if resumable else None
+    state = checkpoint.load(invocation.folder, built.network, START_AGAIN) if resumable else None
     if state is not None and state.get("precision", built.precision) != built.precision:
         log.warning(
             "It goes on in %s, in which it began; here it would have begun in %s.", state["precision"], built.precision
@@ -74,7 +76,7 @@ def rehearse(cfg: DictConfig, built: parts.Parts, train_images: Images, test_ima
     """
     device, total_steps = built.device, _total_steps(cfg, train_images)
     parts.check_rise(cfg.scheduler, total_steps)
-    if cfg.trainer.ema_decay**total_steps > 0.1:
+    if cfg.trainer.ema_decay**total_steps > 0.5:
         log.warning(
             "trainer.ema_decay=%g of %d steps: the average, which is evaluated, is mostly of the first steps' weights.",
             cfg.trainer.ema_decay,

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # numbers are compared bit for bit, which is promised for a CPU
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: more threads, of other processes too, only wait
 
 import torch
 from processes import Commands
 
-torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,19 @@ REPOSITORY = Path(__file__).parents[1]
 PRELOADED = [
     *("resnet_cifar.__main__", "resnet_cifar.experiment", "mlflow.pytorch", "mlflow.store.tracking.sqlalchemy_store"),
     *("torch.export", "torch_lr_finder", "torchinfo", "pytorch_grad_cam", "matplotlib.backends.backend_agg"),
-    *("sklearn.datasets", "sklearn.model_selection", "scipy.stats"),
+    *(
+        "sklearn.datasets",
+        "sklearn.model_selection",
+        "scipy.stats",
+        "torch.export._trace",
+        "torch._export.serde.serialize",
+    ),
+    *(
+        "torch.export.pt2_archive._package",
+        "torch.distributed.launcher.api",
+        "resnet_cifar.figures",
+        "resnet_cifar.sweep_summary",
+    ),
 ]
 # Two epochs of eight steps on digits: seconds, with everything a run does.
 TINY = (
@@ -147,6 +159,13 @@ def killed_before_the_checkpoint(count: int) -> None:
         return save(state, folder)
 
     checkpoint.save = die_at
+
+
+def killed_while_the_database_is_made() -> None:
+    """Die by SIGKILL when MLflow has made the first of a new database's tables, and not noted that it has."""
+    from mlflow.store.db import utils
+
+    utils._upgrade_db = lambda _: signals(signal.SIGKILL)
 
 
 def killed_before_it_is_recorded() -> None:

@@ -246,8 +246,10 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_names_what_is_needed(tmp_path)
     assert files == "20000 last.pt"
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_that_is_full_when_it_syncs_is_said_too(tmp_path, monkeypatch, number):
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.ENOSPC, "The disk is full"), (errno.EDQUOT, "Your quota is used up")]
+)
+def test_a_disk_that_is_full_when_it_syncs_is_said_too(tmp_path, monkeypatch, number, said):
     checkpoint.save(state(1), tmp_path)
 
     def full(_):
@@ -256,7 +258,7 @@ def test_a_disk_that_is_full_when_it_syncs_is_said_too(tmp_path, monkeypatch, nu
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         for folder, still_there in {tmp_path: True, tmp_path / "first": False}.items():
-            with pytest.raises(StorageError, match="The disk is full") as error:
+            with pytest.raises(StorageError, match=said) as error:
                 checkpoint.save(state(2), folder)
             assert ("still there" in str(error.value)) == still_there
     assert error.value.exit_code == 5

@@ -72,6 +72,7 @@ def assert_short(message):
         ("optimizer.betas=[0.9,0.9]", "another argument of Adam wants a +: +optimizer.betas=[0.9,0.9]"),
         ("optimizer.amsgrd=true", "wants a +: +optimizer.amsgrad=true"),
         ("explain.layers.mine=prep", "another layer wants a +: +explain.layers.mine=prep"),
+        ("explain.layers.layer_1=layer_1", "another layer wants a +: +explain.layers.layer_1=layer_1"),
         ("model.depth=3", "model.depth is not a key\n"),
         ("explain.layers={mine:prep}", "another one wants a +: +explain.layers={mine:prep}"),
         ("augmentation.transforms[0].padding=2", "with a dot: augmentation.transforms.0.padding=2"),
@@ -266,14 +267,16 @@ def test_a_job_that_fails_in_a_sweep_stops_no_other_and_the_sweep_ends_with_1(co
     assert sorted(path.parent.name for path in failed.parent.glob("*/run.log")) == ["0", "1", "2", "3"]
 
 
-def test_a_sweep_without_failures_ends_with_0(command, job, tmp_path):
+def test_a_sweep_without_failures_ends_with_0(command, job, outputs, tmp_path):
     job(lambda cfg: 0.0)
     assert command("-m", "seed=0,1")[0] == 0
     assert not list(tmp_path.glob("outputs/sweeps/*/failed_jobs.txt"))
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyError("a column"), 1), (StorageError("the store is down"), 5)])
-def test_a_sweep_whose_summary_fails_says_so_and_does_not_end_with_0(command, job, monkeypatch, tmp_path, error, code):
+def test_a_sweep_whose_summary_fails_says_so_and_does_not_end_with_0(
+    command, job, outputs, monkeypatch, tmp_path, error, code
+):
     def fail(*_):
         raise error
 
@@ -286,7 +289,7 @@ def test_a_sweep_whose_summary_fails_says_so_and_does_not_end_with_0(command, jo
 
 
 @pytest.mark.parametrize("signal_code", [130, 143])
-def test_a_signal_ends_the_whole_sweep(command, job, signal_code):
+def test_a_signal_ends_the_whole_sweep(command, job, outputs, signal_code):
     seeds = []
 
     def stop(cfg):
@@ -390,7 +393,7 @@ def test_a_reader_who_leaves_early_is_no_error():
 @pytest.mark.parametrize("unbuffered", ["", "1"])  # a line that is printed fails, or one that is flushed
 def test_a_run_goes_on_when_its_reader_has_left(tmp_path, unbuffered):
     process = subprocess.Popen(
-        [sys.executable, "run.py", *TINY, "scheduler.max_lr=0.01", f"output_dir={tmp_path}"],
+        [sys.executable, "run.py", *TINY, "task=find_lr", f"output_dir={tmp_path}"],
         cwd=ROOT,
         env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
         stdout=subprocess.PIPE,

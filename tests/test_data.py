@@ -77,6 +77,12 @@ def test_a_data_set_without_names_of_its_classes_is_refused():
         as_images(SimpleNamespace(data=np.zeros((2, 32, 32, 3), dtype=np.uint8)))
 
 
+def test_classes_of_one_name_are_refused():
+    pixels = np.zeros((2, 32, 32, 3), dtype=np.uint8)
+    with pytest.raises(DataError, match="have the same name"):
+        as_images(SimpleNamespace(data=pixels, targets=[0, 1], classes=("crane", "crane")))
+
+
 def test_a_data_set_that_needs_no_files_is_not_to_be_deleted():
     assert "Delete" not in str(dataset_error(RuntimeError("x"), None))
 
@@ -165,6 +171,11 @@ def test_a_data_set_with_wrong_checksums_is_called_damaged(tmp_path):
     (tmp_path / "cifar-10-batches-py").mkdir()
     message = str(dataset_error(URLError("no route to host"), str(tmp_path), "cifar-10-batches-py"))
     assert "is damaged" in message and len(message.splitlines()) <= 3
+
+
+def test_a_folder_that_is_not_there_is_not_to_be_deleted(tmp_path):
+    message = str(dataset_error(RuntimeError("not found or corrupted"), str(tmp_path), "cifar-10-batches-py"))
+    assert message.startswith(f"There is no {tmp_path}/cifar-10-batches-py.") and "Delete" not in message
 
 
 def test_a_folder_that_cannot_be_read_is_named():

@@ -163,7 +163,9 @@ def in_the_midst(command, outputs):
     while time.monotonic() < deadline and command.process.is_alive():
         tables = list((outputs / "runs").glob("*/lr_history.csv"))
         if tables and len(table(tables[0])) >= 3:
-            return tables[0].parent, processes_of(command)
+            processes = processes_of(command)
+            assert len(processes) >= 2
+            return tables[0].parent, processes
         time.sleep(0.01)
     raise AssertionError(command.output)
 

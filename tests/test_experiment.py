@@ -12,6 +12,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from PIL import Image
 from processes import (
@@ -34,6 +35,7 @@ from resnet_cifar.custom_resnet import CustomResNet
 from resnet_cifar.distributed import ALONE
 from resnet_cifar.errors import CheckpointError, ConfigError
 from resnet_cifar.evaluation import with_checkpoint
+from resnet_cifar.hydra_setup import set_by_presets, started_hydra
 from resnet_cifar.loop import EpochRecord, Progress
 from resnet_cifar.recording import Invocation, compared_params, run_name
 from resnet_cifar.tables import read_csv
@@ -188,6 +190,26 @@ def test_a_part_that_is_not_the_usual_one_is_compared_too(given, shown):
     params = compared_params(cfg, Invocation(Path(), given, choices))
     assert shown.items() <= params.items()
     assert ("model" in params, "optimizer" in params) == ("model" in shown, "optimizer" in shown)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "shown"),
+    [
+        (
+            "record",
+            {"trainer.label_smoothing": 0.1, "trainer.ema_decay": 0.99, "param_groups.decay_norm_and_bias": False},
+        ),
+        ("laptop_94", {"trainer.label_smoothing": 0.1, "model.logit_scale": 0.125, "trainer.epochs": 16}),
+        ("[laptop,record]", {"model.width": 0.5, "trainer.flip_tta": True}),
+    ],
+)
+def test_what_a_preset_sets_is_compared(chosen, shown):
+    given = [f"experiment={chosen}"]
+    with started_hydra(parse_arguments(given)) as hydra:
+        runtime = hydra.compose_config("config", given, RunMode.RUN).hydra.runtime
+    cfg = compose(parse_arguments(given)).jobs[0][0]
+    params = compared_params(cfg, Invocation(Path(), given, {}, preset=set_by_presets(runtime, given)))
+    assert shown.items() <= params.items()
 
 
 def test_metrics_and_tables_agree(trained):
@@ -384,23 +406,22 @@ def test_a_bad_value_of_the_environment_is_named_by_its_variable(commands, tmp_p
 # The other tasks
 
 
-@pytest.mark.parametrize("task", ["evaluate", "explain"])  # without pictures to explain, the same
-def test_evaluate_gives_the_numbers_of_the_training(trained, start, task):
+def test_evaluate_gives_the_numbers_of_the_training(trained, start):
     again = start(
-        f"task={task}", f"checkpoint={trained.folder}", "trainer.precision=fp32", base=trained, CANARY="another"
+        "task=evaluate", f"checkpoint={trained.folder}", "trainer.precision=fp32", base=trained, CANARY="another"
     )
     assert again.code == 0, again.output
     assert again.table("predictions.csv") == trained.table("predictions.csv")
     assert again.history("test/accuracy") == [(2, trained.history("test/accuracy")[-1][1])]
     assert not {"optimizer", "seed", "trainer.epochs"} & set(again.tracked.data.params)  # those are the training's
     assert again.tracked.data.params["model.width"] == trained.tracked.data.params["model.width"]
-    assert again.tracked.data.tags["task"] == task and again.tracked.info.status == "FINISHED"
+    assert again.tracked.data.tags["task"] == "evaluate" and again.tracked.info.status == "FINISHED"
     assert {"figures/misclassified_images.png", "figures/confusion_matrix.png", "predictions.csv"} <= again.artifacts()
 
 
-def test_evaluate_finds_a_run_by_its_id_and_reads_other_test_images(trained, start):
+def test_explain_without_pictures_finds_a_run_by_its_id_and_reads_other_test_images(trained, start):
     arguments = (
-        "task=evaluate",
+        "task=explain",
         f"checkpoint={trained.tracked.info.run_id}",
         "data.test_size=20",
         "tracking=none",
@@ -435,6 +456,11 @@ def test_what_is_typed_wins_over_the_checkpoints_configuration(trained, monkeypa
     assert (cfg.data.test_size, cfg.data.batch_size, cfg.data.train_size, cfg.model.width) == (30, 20, 120, 0.125)
 
 
+def test_what_is_taken_out_is_not_taken_from_the_checkpoint(trained, monkeypatch):
+    monkeypatch.setenv("CANARY", CANARY)
+    assert list(evaluated(trained.folder, "~explain.layers.layer_2").explain.layers) == ["layer_3"]
+
+
 def test_the_images_are_where_was_typed_else_where_they_were_in_training(trained, tmp_path):
     state = checkpoint.load(trained.folder)
     data = compose(parse_arguments(["data.root=/training"])).jobs[0][0].data
@@ -460,18 +486,14 @@ def test_a_checkpoint_with_a_forged_configuration_is_refused(trained, tmp_path, 
         evaluated(tmp_path)
 
 
-def test_find_lr_leaves_a_curve_and_no_checkpoint(start):
+def test_find_lr_leaves_a_curve_and_no_checkpoint_and_what_the_store_has_not_got_is_sent_by_the_task_sync(start):
     found = start("task=find_lr")
     assert found.code == 0, found.output
     assert {"lr_finder.csv", "figures/lr_finder.png", "config.yaml", "run.log"} <= found.artifacts()
     assert float(found.tracked.data.params["scheduler.max_lr"]) > 0
     assert not (found.folder / "checkpoints").exists()
-
-
-def test_what_the_store_has_not_got_is_sent_by_the_task_sync(start):
-    run = start("task=find_lr")
-    (run.folder / "tracking.sent").unlink()
-    synced = start("task=sync", base=run)
+    (found.folder / "tracking.sent").unlink()
+    synced = start("task=sync", base=found)
     assert synced.code == 0 and re.search(r"^[1-9]\d* records sent", synced.output, flags=re.MULTILINE), synced.output
 
 

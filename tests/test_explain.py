@@ -193,6 +193,14 @@ def test_sixteen_bit_grey_keeps_its_greys(tmp_path):
     assert (load_pictures(tmp_path, 8)[1] == 128).all()
 
 
+@pytest.mark.parametrize("pixels", [np.full((8, 8), 200, dtype=np.int32), np.full((8, 8), 0.5, dtype=np.float32)])
+def test_a_picture_whose_white_is_unknown_is_skipped_and_not_taken_for_black(tmp_path, caplog, pixels):
+    Image.fromarray(pixels).save(tmp_path / "map.tiff")
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    assert load_pictures(tmp_path, 8)[0] == ["picture.png"]
+    assert "Skipped map.tiff" in caplog.text and "8 or 16 bits" in caplog.text
+
+
 def test_the_middle_of_a_wide_picture_is_kept(tmp_path):
     wide = np.zeros((10, 30, 3), dtype=np.uint8)
     wide[:, 10:20] = 200

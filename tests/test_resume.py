@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import select
 import shutil
 import signal
 import time
@@ -26,7 +27,7 @@ from test_loop import numbers, synthetic, training
 
 from resnet_cifar import checkpoint, resume, run_folder, tracking
 from resnet_cifar.compose import compose, parse_arguments
-from resnet_cifar.errors import CheckpointError
+from resnet_cifar.errors import CheckpointError, StorageError
 from resnet_cifar.loop import Progress, fit
 from resnet_cifar.signals import exit_on_ending_signals, stop_requests
 from resnet_cifar.tables import cut_tables, read_csv
@@ -197,7 +198,9 @@ def test_a_run_goes_on_in_the_precision_it_began_in_and_keeps_its_provenance(sta
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(start, outputs, uninterrupted):
-    start(fault=killed_before_the_checkpoint, fault_arguments=(1,)).ends()
+    killed = start(fault=killed_before_the_checkpoint, fault_arguments=(1,))
+    assert killed.ends() == -signal.SIGKILL
+    assert not checkpoint.exists(only_run(outputs) / "checkpoints")
     resumed = start(f"resume={only_run(outputs)}")
     assert resumed.ends() == 0, resumed.output
     assert_as_if_never_interrupted(only_run(outputs), uninterrupted)
@@ -227,6 +230,7 @@ def test_a_terminal_that_is_closed_stops_the_run_with_a_checkpoint(start, output
     stopped = start("trainer.epochs=1000", fault=on_a_terminal, fault_arguments=(os.ttyname(its_end),))
     printed = b""
     while b"epoch    3/1000" not in printed:
+        assert select.select([terminal], [], [], 120)[0], printed
         printed += os.read(terminal, 10_000)
     os.close(terminal)
     os.close(its_end)
@@ -323,6 +327,29 @@ def test_a_run_whose_configuration_is_damaged_cannot_go_on(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(CheckpointError, match="its configuration cannot be used"):
         resume.saved_run(tmp_path)
+
+
+def test_a_run_in_a_folder_that_cannot_be_written_is_not_begun(tmp_path, monkeypatch):
+    (tmp_path / ".hydra").mkdir()
+    for path in ("config.yaml", ".hydra/hydra.yaml", "run.log"):
+        (tmp_path / path).touch()
+    monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path / "run.log")  # root may write everything
+    with pytest.raises(StorageError, match="cannot be written"):
+        resume.command_line([f"resume={tmp_path}"])
+
+
+@pytest.mark.parametrize(
+    ("kinds", "recorded"), [(("start",), False), (("start", "params"), True)], ids=["killed between", "recorded"]
+)
+def test_parameters_that_a_kill_came_before_are_sent_by_the_run_that_goes_on(tmp_path, kinds, recorded):
+    [(cfg, _)] = compose(parse_arguments([])).jobs
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    (tmp_path / "run.json").touch()
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "hydra.yaml").write_text("hydra: {overrides: {task: []}, runtime: {choices: {}}}\n")
+    records = [{"n": n, "run": "a", "kind": kind, "uri": "sqlite:////mlflow.db"} for n, kind in enumerate(kinds)]
+    (tmp_path / "tracking.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    assert resume.saved_run(tmp_path)[1].recorded == recorded
 
 
 def test_an_interrupted_run_goes_on_where_its_images_and_its_store_are_now(tmp_path):

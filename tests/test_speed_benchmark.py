@@ -58,7 +58,13 @@ def test_the_stopwatch_leaves_warm_up_out(benchmark, cifar10, monkeypatch, side)
     assert competitors.training_rate(benchmark.SIDES[side], setting) == 2 * 8 / 4
 
 
-def test_sides_take_turns_and_an_error_of_one_comes_back(benchmark, cifar10):
+@pytest.fixture
+def forked(benchmark, commands, monkeypatch):
+    """The sides' processes are forked from one that has imported everything."""
+    monkeypatch.setattr(benchmark.multiprocessing, "get_context", lambda _: commands._context)
+
+
+def test_sides_take_turns_and_an_error_of_one_comes_back(benchmark, cifar10, forked):
     competitors = benchmark.competitors
     setting = competitors.Setting(0.125, 2, 1, str(cifar10), competitors.torch.device("cpu"), "fp32", batch_size=8)
     with (
@@ -71,7 +77,7 @@ def test_sides_take_turns_and_an_error_of_one_comes_back(benchmark, cifar10):
         pass
 
 
-def test_turns_that_go_beyond_a_sides_last_epoch_are_an_error_that_says_so(benchmark, cifar10):
+def test_turns_that_go_beyond_a_sides_last_epoch_are_an_error_that_says_so(benchmark, cifar10, forked):
     competitors = benchmark.competitors
     device, sizes = competitors.torch.device("cpu"), {"batch_size": 8, "train_size": 16}  # 48 steps in 24 epochs
     setting = competitors.Setting(0.125, 30, 1, str(cifar10), device, "fp32", **sizes)

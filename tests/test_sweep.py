@@ -515,15 +515,43 @@ def test_long_decimals_are_short_in_names(value, shown):
     assert sweep_plan.short_value(value) == shown
 
 
-def test_long_names_take_no_room_from_the_images():
-    heat_maps, labels = np.ones((2, 8, 8)), ["cat", "dog"]
+def assert_apart_and_inside(texts, figure):
+    page, boxes = figure.bbox, [text.get_window_extent() for text in texts if text.get_text()]
+    assert not any(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
+    assert all(box.x0 >= page.x0 and box.x1 <= page.x1 and box.y0 >= page.y0 and box.y1 <= page.y1 for box in boxes)
+
+
+@pytest.mark.parametrize(("count", "width"), [(7, 0.9), (2, 1.3)])  # of 9 inches for 8 columns, 3 as wide as 6
+def test_long_names_take_no_room_from_the_images_and_from_each_other(count, width):
+    heat_maps, labels = np.ones((2, 8, 8)), ["aquatic_mammals_of_the_seas", "large_omnivores_and_herbivores"]
     runs = [
         {"name": f"norm_bias_lr_factor={n} pct_start=0.208333", "heat_maps": heat_maps, "predictions": labels}
-        for n in range(7)
+        for n in range(count)
     ]
     figure = sweep_figures.grad_cam_grid(np.zeros((2, 8, 8, 3)), labels, runs, "layer_2")
     figure.draw_without_rendering()
-    assert min(axes.get_window_extent().width for axes in figure.axes) / figure.dpi > 0.9  # of 9 inches, 8 columns
+    assert min(axes.get_window_extent().width for axes in figure.axes) / figure.dpi > width
+    assert_apart_and_inside([axes.title for axes in figure.axes], figure)
+
+
+def long_names(count):
+    return [f"weight_decay=0.0005 div_factor=100 pct_start=0.208333 final_div_factor={n}" for n in range(count)]
+
+
+@pytest.mark.parametrize("count", [2, 11])
+def test_a_legend_leaves_room_for_the_curves_and_has_a_colour_for_each_name(count):
+    names = long_names(count)
+    curves = sweep_figures.learning_curves([(name, [50.0, 60.0]) for name in names], "test/accuracy")
+    against = sweep_figures.accuracy_against(
+        "lr", ["1", "2"] * count, [90.0] * 2 * count, sorted(2 * names), "test/accuracy"
+    )
+    for figure in (curves, against):
+        [legend] = figure.legends
+        shown = [line.get_color() for line in legend.get_lines()]
+        assert len(set(shown)) == len(shown) == len(legend.get_texts())
+        figure.draw_without_rendering()
+        assert figure.axes[0].get_window_extent().width > figure.bbox.width / 2
+        assert legend.get_window_extent().y0 >= 0
 
 
 def test_more_series_than_have_room_stay_at_their_values_and_out_of_the_legend():
@@ -531,7 +559,24 @@ def test_more_series_than_have_room_stay_at_their_values_and_out_of_the_legend()
     figure = sweep_figures.accuracy_against("lr", ["1"] * 40, [90.0] * 40, others, "test/accuracy")
     [axes] = figure.axes
     assert max(abs(x) for line in axes.get_lines() for x in line.get_xdata()) < 0.5
-    assert [text.get_text() for text in axes.get_legend().get_texts()][-1] == "and 28 more"
+    assert [text.get_text() for text in figure.legends[0].get_texts()][-1] == "and 30 more"
+
+
+@pytest.mark.parametrize(
+    "values", [[f"outputs/runs/2026-11-28_09-30-2{n}_3f6203" for n in range(5)], [f"{n / 7}" for n in range(13)]]
+)
+def test_long_values_are_not_written_over_each_other(values):
+    figure = sweep_figures.accuracy_against(
+        "checkpoint", values, [90.0] * len(values), [""] * len(values), "val/accuracy"
+    )
+    figure.draw_without_rendering()
+    [axes] = figure.axes
+    # Slanted ones stand above each other where their boxes, which are level, overlap.
+    lines = [(text.get_window_extent(), text.get_rotation()) for text in axes.get_xticklabels()]
+    assert all(box.x0 >= 0 and box.y0 >= 0 for box, _ in lines)
+    ends = [box.x1 for box, rotation in lines if rotation == 30]
+    assert len(ends) == len(values) and min(np.diff(ends)) > 1.5 * axes.get_xticklabels()[0].get_fontsize()
+    assert axes.get_window_extent().height > figure.bbox.height / 3
 
 
 def test_values_are_drawn_in_the_order_of_numbers():

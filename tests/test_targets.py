@@ -104,6 +104,12 @@ def test_an_unknown_argument_is_named_with_the_one_that_was_meant():
         check_arguments(node(_target_="torch.optim.SGD", lr=0.1, momentm=0.9), "params")
 
 
+def test_an_argument_that_keywords_hand_on_to_a_class_without_it_is_to_be_taken_out():
+    model = OmegaConf.create({"model": {"_target_": "torchvision.models.resnet18", "width": 1.0}}).model
+    with pytest.raises(ConfigError, match=r"take it out: ~model\.width"):
+        instantiate(model, num_classes=10)
+
+
 def test_a_missing_argument_is_named():
     with pytest.raises(ConfigError, match="max_lr"):
         check_arguments(node(_target_="torch.optim.lr_scheduler.OneCycleLR", total_steps=3), "optimizer")

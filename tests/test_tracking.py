@@ -9,12 +9,14 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from mlflow_stub import StubServer
+from processes import TINY, killed_while_the_database_is_made
 
 from resnet_cifar import delivery, store_errors, tracked_run, tracking
 from resnet_cifar.artifact_files import link_or_copy
@@ -24,6 +26,7 @@ from resnet_cifar.errors import CheckpointError, ConfigError, StorageError
 from resnet_cifar.hydra_setup import outputs
 from resnet_cifar.process_identity import identity, is_alive, is_gone
 from resnet_cifar.sync import sync_all
+from resnet_cifar.tracked_run import NOTE
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -191,6 +194,32 @@ def test_what_a_run_that_was_removed_for_good_misses_is_given_up(database, clien
     caplog.set_level(logging.INFO)
     assert sync_all(tmp_path) == 0
     assert "0 records sent, 1 refused for good, 0 left" in caplog.text and f"{run.run_id} not found" in caplog.text
+
+
+def test_what_another_store_has_no_run_for_is_kept(database, client, empty_database, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tracked_run, "FLUSH_SECONDS", 0.5)
+    run = start(database, tmp_path / "run")
+    assert run._records.drain(60)
+    client.delete_run(run.run_id)  # so that its end does not arrive
+    run.finish("FINISHED")
+    client.restore_run(run.run_id)
+    with pytest.raises(StorageError, match="1 tracking records could not be sent"):
+        sync_all(tmp_path / "run", f"sqlite:///{empty_database}")
+    assert f"{run.run_id} not found" in caplog.text
+    assert sync_all(tmp_path / "run") == 1
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(("status", "waits_for_files"), [("FINISHED", True), ("KILLED", False), ("FAILED", False)])
+def test_only_a_finished_run_waits_for_its_files(
+    database, client, tmp_path, patient, monkeypatch, status, waits_for_files
+):
+    run = start(database, tmp_path / "run")
+    seen = []
+    monkeypatch.setattr(run, "_wait_for_files", lambda: seen.append(client.get_run(run.run_id).info.status))
+    run.finish(status)
+    assert seen == ["RUNNING" if waits_for_files else status]
+    assert client.get_run(run.run_id).info.status == status
 
 
 def test_a_record_counts_as_sent_when_it_has_arrived(database, tmp_path, monkeypatch):
@@ -374,31 +403,49 @@ def test_the_folder_of_a_run_that_is_going_is_refused(database, tmp_path, patien
     run.finish("FINISHED")
 
 
-def start_elsewhere(database, folder, then):
-    """Another process that starts a run, says its id and goes on with `then`."""
-    code = (
-        "import sys, time, os\nfrom pathlib import Path\nfrom resnet_cifar import tracking\n"
-        f"run = tracking.start(uri='sqlite:///{database}', artifacts={str(folder.parent)!r} + '/artifacts', experiment='e',"
-        f" run_name=None, folder=Path({str(folder)!r}), params={{}}, tags={{'mlflow.note.content': 'so far'}})\n"
-        f"print(run.run_id, flush=True)\n{then}\n"
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-c", code]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def one_of_several(database, folder, ready, together, ends):
+    """A run of a process of its own, which says its id when it has started; one that does not end waits to be killed."""
+    logging.basicConfig()
+    with (folder / "printed").open("w") as printed:
+        os.dup2(printed.fileno(), 2)
+    if together:
+        together.wait(60)
+    run = start(database, folder, artifacts=folder.parent / "artifacts", tags={NOTE: "so far"})
+    ready.send(run.run_id)
+    run.log_metrics({"loss": 1.0}, step=1)
+    if not ends:
+        time.sleep(600)
+    run.finish("FINISHED")
 
 
-def test_a_killed_process_leaves_a_run_that_the_next_start_ends(database, client, tmp_path, patient, caplog):
-    process = start_elsewhere(database, tmp_path / "killed", "run.log_metrics({'loss': 1.0}, step=1); time.sleep(600)")
-    killed = process.stdout.readline().strip()
+@pytest.fixture
+def start_elsewhere(commands):
+    """Another process that starts a run, and the run's id when it has come."""
+
+    def run(database, folder, together=None, ends=False):
+        folder.mkdir(parents=True)
+        receives, sends = commands._context.Pipe(duplex=False)
+        process = commands._context.Process(
+            target=one_of_several, args=(database, folder, sends, together, ends), daemon=True
+        )
+        process.start()
+        sends.close()
+        return process, receives
+
+    return run
+
+
+def test_a_killed_process_leaves_a_run_that_the_next_start_ends(
+    database, client, tmp_path, patient, caplog, start_elsewhere
+):
+    process, said = start_elsewhere(database, tmp_path / "killed")
+    killed = said.recv()
     alive = start(database, tmp_path / "alive")
     assert client.get_run(killed).info.status == "RUNNING"
     with pytest.raises(StorageError, match="still going"):
         start(database, tmp_path / "other", run_id=killed)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    process.stderr.close()
+    process.kill()
+    process.join()
     start(database, tmp_path / "next").finish("FINISHED")
     run = client.get_run(killed)
     assert run.info.status == "KILLED"
@@ -407,6 +454,17 @@ def test_a_killed_process_leaves_a_run_that_the_next_start_ends(database, client
     assert hint in run.data.tags["mlflow.note.content"] and hint in caplog.text
     assert client.get_run(alive.run_id).info.status == "RUNNING"
     alive.finish("FINISHED")
+
+
+def test_a_killed_run_that_goes_on_is_not_said_to_be_dead(database, client, tmp_path, patient, caplog, start_elsewhere):
+    process, said = start_elsewhere(database, tmp_path / "run")
+    run_id = said.recv()
+    process.kill()
+    process.join()
+    again = start(database, tmp_path / "run", run_id=run_id, tags={})
+    run = client.get_run(run_id)
+    assert (run.info.status, run.data.tags[NOTE]) == ("RUNNING", "") and "Continue it" not in caplog.text
+    again.finish("FINISHED")
 
 
 def test_a_folder_of_another_user_is_not_read(tmp_path, monkeypatch):
@@ -421,14 +479,12 @@ def test_a_folder_of_another_user_is_not_read(tmp_path, monkeypatch):
 
 
 def test_a_dead_run_whose_end_is_still_in_its_journal_is_not_ended_as_killed(
-    database, client, tmp_path, patient, caplog
+    database, client, tmp_path, patient, caplog, start_elsewhere
 ):
-    process = start_elsewhere(database, tmp_path / "ended", "time.sleep(600)")
-    ended = process.stdout.readline().strip()
+    process, said = start_elsewhere(database, tmp_path / "ended")
+    ended = said.recv()
     process.kill()
-    process.wait()
-    process.stdout.close()
-    process.stderr.close()
+    process.join()
     journal = Journal(tmp_path / "ended")  # as if its end had met a store that was down
     journal.append(ended, "finish", status="FINISHED", note=None)
     journal.close()
@@ -478,15 +534,20 @@ def test_a_reused_pid_is_another_process(tmp_path):
     child.wait()
 
 
-def test_eight_processes_create_the_database_together(tmp_path):
-    then = "run.log_metrics({'loss': 1.0}, step=1)\nrun.finish('FINISHED')"
-    processes = [start_elsewhere(tmp_path / "new" / "mlflow.db", tmp_path / str(n), then) for n in range(8)]
-    outcomes = [(*process.communicate(timeout=300), process.returncode) for process in processes]
-    assert [(error, code) for _, error, code in outcomes] == [("", 0)] * 8
+def test_eight_processes_create_the_database_together(commands, tmp_path, start_elsewhere):
+    together = commands._context.Barrier(8)
+    processes = [
+        start_elsewhere(tmp_path / "new" / "mlflow.db", tmp_path / str(n), together, ends=True) for n in range(8)
+    ]
+    run_ids = {said.recv() for _, said in processes}
+    for process, _ in processes:
+        process.join(300)
+    assert [process.exitcode for process, _ in processes] == [0] * 8
+    assert {(tmp_path / str(n) / "printed").read_text() for n in range(8)} == {""}
     client = tracking.Store(f"sqlite:///{tmp_path}/new/mlflow.db").client
     experiment = client.get_experiment_by_name("e")
     runs = client.search_runs([experiment.experiment_id])
-    assert {run.info.run_id for run in runs} == {out.strip() for out, _, _ in outcomes}
+    assert {run.info.run_id for run in runs} == run_ids
     assert {(run.info.status, run.data.metrics["loss"]) for run in runs} == {("FINISHED", 1.0)}
 
 
@@ -498,6 +559,23 @@ def one_error(*arguments, **keywords):
         start(*arguments, **keywords)
     assert len(str(caught.value).splitlines()) <= 3
     return str(caught.value)
+
+
+def test_a_database_whose_making_was_killed_is_made_by_the_next_run(commands, tmp_path):
+    arguments = [*TINY, "task=find_lr", f"output_dir={tmp_path / 'outputs'}"]
+    killed = commands(*arguments, printed=tmp_path / "killed", fault=killed_while_the_database_is_made)
+    assert killed.ends() == -signal.SIGKILL
+    following = commands(*arguments, printed=tmp_path / "following")
+    assert following.ends() == 0, following.output
+    assert not list((tmp_path / "outputs").glob(".*.part"))
+
+
+def test_a_database_that_another_program_left_half_made_is_called_damaged(database, tmp_path):
+    with sqlite3.connect(database) as connection:  # tables that MLflow has not noted, and one that it had not made
+        connection.execute("DELETE FROM alembic_version")
+        connection.execute("DROP TABLE logged_model_tags")
+    connection.close()
+    assert "move it away" in one_error(database, tmp_path / "run")
 
 
 def test_a_database_held_by_another_program_is_an_error(database, tmp_path, monkeypatch):

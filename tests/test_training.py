@@ -103,7 +103,7 @@ def test_a_schedule_whose_state_no_checkpoint_could_be_read_back_with_is_refused
         rehearse()
 
 
-@pytest.mark.parametrize(("decay", "warned"), [(0.9, False), (0.999, True)])
+@pytest.mark.parametrize(("decay", "warned"), [(0.9, False), (0.97, False), (0.999, True)])
 def test_an_average_that_hardly_leaves_the_first_weights_is_said(caplog, decay, warned):
     rehearse(f"trainer.ema_decay={decay}", "trainer.epochs=10")
     assert ("mostly of the first steps' weights" in caplog.text) == warned
