@@ -1,6 +1,7 @@
 """The README as data: the code and the table under a heading."""
 
 import re
+import textwrap
 from pathlib import Path
 
 README = Path(__file__).parent.parent / "README.md"
@@ -15,7 +16,13 @@ def section(heading: str) -> str:
 
 def code_block(heading: str) -> str:
     """The first block of Python under a heading."""
-    return re.search(r"```python\n(.*?)```", section(heading), re.S)[1]
+    return code_blocks(heading, "python")[0]
+
+
+def code_blocks(heading: str, language: str) -> list[str]:
+    """All blocks of a language under a heading, without the indentation of a list."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", section(heading), re.S | re.M)
+    return [textwrap.dedent(block) for _, block in found]
 
 
 def table(heading: str) -> list[list[str]]:

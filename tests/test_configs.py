@@ -2,6 +2,7 @@
 
 import pytest
 from omegaconf import OmegaConf
+from readme import code_blocks
 
 from resnet_cifar import parts, schema
 from resnet_cifar.compose import compose, parse_arguments
@@ -21,6 +22,20 @@ def test_every_option_of_every_group_composes_and_its_targets_take_its_arguments
     cfg = composed(option)
     schema.check(cfg, [option])
     parts.check_targets(cfg)
+
+
+def test_the_readmes_preset_model_and_data_set_are_taken_from_a_folder_of_ones_own(tmp_path):
+    for group, text in zip(("experiment", "model", "data"), code_blocks("Adding something", "yaml"), strict=True):
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "mine.yaml").write_text(text)
+    given = ["experiment=mine", "model=mine", "data=mine"]
+    [(cfg, _)] = compose(parse_arguments(["--config-dir", str(tmp_path), *given])).jobs
+    schema.check(cfg, given)
+    parts.check_targets(cfg)
+    network = parts.build_parts(cfg, tuple(map(str, range(100)))).network
+    assert (type(network).__name__, network.fc.out_features) == ("ResNet", 100)
+    assert cfg.data.dataset._target_.endswith("CIFAR100") and list(cfg.explain.layers) == ["last"]
+    assert (cfg.optimizer._target_, cfg.scheduler.max_lr) == ("torch.optim.SGD", 0.4)
 
 
 def test_session_10_is_the_defaults():

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -28,6 +29,7 @@ from processes import (
     terminated_at_grad_cam,
     terminated_at_the_curves,
 )
+from readme import code_block
 
 from resnet_cifar import checkpoint, experiment, parts, provenance, report, schema, tracked_run, tracking
 from resnet_cifar.compose import compose, parse_arguments
@@ -104,7 +106,9 @@ def start(commands: Commands, empty_database, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(start):
     secrets = {"CANARY": CANARY, "MLFLOW_TRACKING_PASSWORD": CANARY + "-password"}
-    run = start("tracking.run_name='first ${oc.env:CANARY}'", "seed=0", "data.root='${oc.env:CANARY}'", **secrets)
+    elsewhere = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}  # which is not read by itself
+    given = ("tracking.run_name='first ${oc.env:CANARY}'", "seed=0", "data.root='${oc.env:CANARY}'")
+    run = start(*given, **secrets, **elsewhere)
     assert run.code == 0, run.output
     return run
 
@@ -435,12 +439,25 @@ def test_explain_without_pictures_finds_a_run_by_its_id_and_reads_other_test_ima
 def test_explain_draws_heat_maps_of_a_folder_of_pictures(trained, start, tmp_path):
     for name, shade in {"a.png": 30, "b.jpg": 200}.items():
         Image.new("RGB", (50, 40), (shade, 90, 120)).save(tmp_path / name)
-    arguments = ("task=explain", f"checkpoint={trained.folder}/checkpoints/last.pt", f"explain.images={tmp_path}")
+    moved = shutil.copytree(trained.folder, tmp_path / "moved")
+    arguments = ("task=explain", f"checkpoint={moved}", f"explain.images={tmp_path}")
     explained = start(*arguments, base=trained, CANARY="another")
     assert explained.code == 0, explained.output
     assert [row["picture"] for row in explained.table("predictions.csv")] == ["a.png", "b.jpg"]
     names = {"figures/grad_cam_predicted_layer_2.png", "figures/grad_cam_predicted_layer_3.png"}
     assert names <= explained.artifacts()
+
+
+def test_the_readmes_lines_predict_a_picture_with_the_logged_model(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").symlink_to(trained.outputs)
+    Image.new("RGB", (50, 40), (200, 90, 120)).save("seven.png")
+    before = mlflow.get_tracking_uri()
+    try:
+        exec(code_block("The model elsewhere").replace("<run id>", trained.tracked.info.run_id), {})
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert capsys.readouterr().out.strip() in map(str, range(10))
 
 
 def evaluated(checkpoint_folder, *overrides):
