@@ -104,7 +104,9 @@ def dataset_error(error: Exception, root: str | None, subfolder: str = "") -> Da
             f"The data set in {place} {state} and cannot be downloaded: {error.reason}.\n"
             f"Give the folder that holds {subfolder or 'it'}: data.root=<folder>,\n{offline}"
         )
-    if root and not place.exists() and not isinstance(error, PermissionError):  # to download into it, say
+    if (
+        root and not place.exists() and "Dataset not found" in str(error)
+    ):  # torchvision's, where it is not to download it
         return DataError(
             f"There is no {place}. Give the folder that holds {subfolder or 'it'}: data.root=<folder>,\n{offline}"
         )

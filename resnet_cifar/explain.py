@@ -127,7 +127,7 @@ def _load_picture(path: Path, size: int) -> np.ndarray:
 
     with Image.open(path) as opened:
         picture = ImageOps.exif_transpose(opened)
-        if picture.mode.startswith("I;16") or (picture.mode == "I" and opened.format == "PNG"):
+        if picture.mode.startswith("I;16") or (picture.mode == "I" and opened.format in ("PNG", "PPM")):
             # 16 bits of grey, which convert() would clip to white
             picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
         elif picture.mode in (

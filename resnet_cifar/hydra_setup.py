@@ -7,7 +7,7 @@ import secrets
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from hydra import version
 from hydra._internal.hydra import Hydra
@@ -79,15 +79,21 @@ def set_by_presets(runtime: DictConfig, overrides: Sequence[str]) -> tuple[str, 
     folders = [
         Path(source.path, "experiment") for source in runtime.get("config_sources") or () if source.schema == "file"
     ]
-    return tuple(dict.fromkeys(key for name in names if name for key in _keys_of(name.strip(), folders)))
+    return tuple(dict.fromkeys(key for name in names if name for key in _keys_of(name.strip(), folders, set())))
 
 
-def _keys_of(preset: str, folders: Sequence[Path]) -> Iterator[str]:
+def _keys_of(preset: str, folders: Sequence[Path], seen: set[str]) -> Iterator[str]:
     path = next((path for folder in folders if (path := folder / f"{preset}.yaml").is_file()), None)
-    option = OmegaConf.to_container(OmegaConf.load(path), resolve=False) if path else {}
+    if path is None or preset in seen:
+        return
+    seen.add(preset)
+    option = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     for entry in option.pop("defaults", []):
-        if isinstance(entry, str) and entry != "_self_":  # another preset, which this one changes
-            yield from _keys_of(entry.rpartition("/")[2], folders)
+        name = entry.partition("@")[0] if isinstance(entry, str) else "_self_"
+        if name.startswith("/experiment/"):  # another preset, which this one changes
+            yield from _keys_of(name.removeprefix("/experiment/"), folders, seen)
+        elif not name.startswith("/") and name != "_self_":  # one in the same folder
+            yield from _keys_of((PurePosixPath(preset).parent / name).as_posix(), folders, seen)
     yield from keys(option)
 
 

@@ -75,14 +75,15 @@ def saved_run(folder: Path, root: str | None = None, uri: str | None = None) -> 
             f"The run in {folder} cannot go on, its configuration cannot be used: {reason}"
         ) from error
     known, overrides = run_id(folder), tuple(OmegaConf.to_container(hydra.overrides.task, resolve=False))
+    recorded = _was_recorded(folder, known)
     invocation = Invocation(
         folder=folder,
         overrides=overrides,
         choices=dict(hydra.runtime.choices),
-        preset=set_by_presets(hydra.runtime, overrides),
+        preset=() if recorded else set_by_presets(hydra.runtime, overrides),
         resumed=True,
         run_id=known,
-        recorded=_was_recorded(folder, known),
+        recorded=recorded,
     )
     return cfg, invocation
 

@@ -1,7 +1,7 @@
 """What a run's folder says: whose it is, how the run ended, and whether a process is at work in it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -88,8 +88,9 @@ def find_run(reference: str, outputs: Path, key: str) -> Path:
     except OSError as error:  # another user's
         raise CheckpointError(f"{key}={reference} cannot be read: {error.strerror}.") from error
     for journal in outputs.rglob("tracking.jsonl") if reference.isalnum() else ():
-        if run_id(journal.parent) == reference and (journal.parent / "config.yaml").is_file():
-            return journal.parent
+        with suppress(OSError):
+            if run_id(journal.parent) == reference and (journal.parent / "config.yaml").is_file():
+                return journal.parent
     raise CheckpointError(
         f"{key}={reference}: there is no such run. Give the folder of a run, which holds its config.yaml,\n"
         f"or the id of an MLflow run whose folder lies under {outputs}"

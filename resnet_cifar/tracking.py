@@ -6,6 +6,7 @@ Sending a record twice is harmless: points carry the journal's time, and MLflow 
 import functools
 import logging
 import os
+import secrets
 import shlex
 import shutil
 import sqlite3
@@ -132,7 +133,7 @@ class Store:
             return
         self._database.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self._database}.lock", timeout=300):
-            if not self._database.exists() or not self._database.stat().st_size:
+            if _is_empty(self._database):
                 within(DATABASE_SECONDS, self._create_database)
             # MLflow would try a locked or broken database ten times, which takes minutes.
             with closing(sqlite3.connect(self._database, timeout=BUSY_SECONDS, isolation_level=None)) as connection:
@@ -143,12 +144,19 @@ class Store:
     def _create_database(self) -> None:
         # MLflow makes its tables one by one: stopped between two of them, it would never again open the file.
         assert self._database is not None  # who calls this has looked
-        part = self._database.with_name(f".{self._database.name}.part")
-        part.unlink(missing_ok=True)
+        database = self._database.resolve()
+        for part in database.parent.glob(f".{database.name}.*.part"):
+            part.unlink(missing_ok=True)
+        part = database.with_name(f".{database.name}.{secrets.token_hex(3)}.part")
         client = _import_mlflow().MlflowClient(f"sqlite:///{part}")
-        client.search_experiments(max_results=1)
-        client._tracking_client.store.engine.dispose()
-        os.replace(part, self._database)
+        try:
+            client.search_experiments(max_results=1)
+        finally:
+            client._tracking_client.store.engine.dispose()
+        if _is_empty(database):  # else another program, MLflow's UI say, has made it meanwhile
+            for suffix in ("-journal", "-wal", "-shm"):  # of one that was moved away: SQLite would apply it to this one
+                Path(f"{database}{suffix}").unlink(missing_ok=True)
+            os.replace(part, database)
 
     def experiment_id(self, name: str, artifacts: str | Path | None) -> str:
         """The experiment `name`, created if need be; `artifacts` is for the files of a new one in a database."""
@@ -316,6 +324,10 @@ class Store:
         # An exported graph stays on its device, and MLflow would ask for CUDA where there is one.
         description.flavors["python_function"]["config"]["device"] = "cpu"
         description.save(str(path / "MLmodel"))
+
+
+def _is_empty(database: Path) -> bool:
+    return not database.exists() or database.stat().st_size == 0
 
 
 def _resumable(run: "MlflowRun") -> str:

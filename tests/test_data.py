@@ -174,8 +174,14 @@ def test_a_data_set_with_wrong_checksums_is_called_damaged(tmp_path):
 
 
 def test_a_folder_that_is_not_there_is_not_to_be_deleted(tmp_path):
-    message = str(dataset_error(RuntimeError("not found or corrupted"), str(tmp_path), "cifar-10-batches-py"))
+    missing = RuntimeError("Dataset not found or corrupted. You can use download=True to download it")
+    message = str(dataset_error(missing, str(tmp_path), "cifar-10-batches-py"))
     assert message.startswith(f"There is no {tmp_path}/cifar-10-batches-py.") and "Delete" not in message
+
+
+def test_a_download_that_failed_says_why(tmp_path):
+    message = str(dataset_error(OSError(28, "No space left on device"), str(tmp_path), "cifar-10-batches-py"))
+    assert "No space left on device" in message and len(message.splitlines()) <= 3
 
 
 def test_a_folder_that_cannot_be_read_is_named():

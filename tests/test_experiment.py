@@ -196,6 +196,15 @@ def test_a_part_that_is_not_the_usual_one_is_compared_too(given, shown):
     assert ("model" in params, "optimizer" in params) == ("model" in shown, "optimizer" in shown)
 
 
+@pytest.mark.parametrize("entry", ["/model/mine", "mine", "/experiment/mine@_global_", "override /optimizer: sgd"])
+def test_the_keys_of_a_preset_end_where_it_names_itself(tmp_path, entry):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"defaults:\n  - {entry}\ntrainer: {{epochs: 3}}\n")
+    sources = [{"schema": "file", "path": str(tmp_path)}]
+    runtime = OmegaConf.create({"choices": {"experiment": "mine"}, "config_sources": sources})
+    assert set_by_presets(runtime, ()) == ("trainer", "trainer.epochs")
+
+
 @pytest.mark.parametrize(
     ("chosen", "shown"),
     [
@@ -452,11 +461,11 @@ def test_the_readmes_lines_predict_a_picture_with_the_logged_model(trained, tmp_
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").symlink_to(trained.outputs)
     Image.new("RGB", (50, 40), (200, 90, 120)).save("seven.png")
-    before = mlflow.get_tracking_uri()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # and restored in the end: MLflow sets it
     try:
         exec(code_block("The model elsewhere").replace("<run id>", trained.tracked.info.run_id), {})
     finally:
-        mlflow.set_tracking_uri(before)
+        mlflow.set_tracking_uri(None)
     assert capsys.readouterr().out.strip() in map(str, range(10))
 
 

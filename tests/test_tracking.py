@@ -567,7 +567,33 @@ def test_a_database_whose_making_was_killed_is_made_by_the_next_run(commands, tm
     assert killed.ends() == -signal.SIGKILL
     following = commands(*arguments, printed=tmp_path / "following")
     assert following.ends() == 0, following.output
-    assert not list((tmp_path / "outputs").glob(".*.part"))
+    assert not list((tmp_path / "outputs").glob(".*.part*"))
+
+
+def test_a_journal_of_a_database_that_was_moved_away_is_not_applied_to_the_new_one(tmp_path, patient):
+    old = tmp_path / "mlflow.db"
+    with sqlite3.connect(old, isolation_level=None) as connection:
+        connection.execute("PRAGMA cache_size = 1")
+        connection.execute("CREATE TABLE old (text)")
+        connection.execute("BEGIN")
+        connection.executemany("INSERT INTO old VALUES (?)", [("x" * 1000,)] * 1000)
+        shutil.copy(f"{old}-journal", tmp_path / "journal")  # as a power cut leaves it
+        connection.execute("ROLLBACK")
+    connection.close()
+    old.unlink()
+    (tmp_path / "journal").rename(f"{old}-journal")
+    start(old, tmp_path / "run").finish("FINISHED")
+    with sqlite3.connect(old) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert not connection.execute("SELECT name FROM sqlite_master WHERE name = 'old'").fetchall()
+    connection.close()
+
+
+def test_a_link_to_a_database_that_is_not_there_yet_stays_a_link(tmp_path, patient):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "mlflow.db").symlink_to(tmp_path / "there.db")
+    start(tmp_path / "here" / "mlflow.db", tmp_path / "run").finish("FINISHED")
+    assert (tmp_path / "here" / "mlflow.db").is_symlink() and (tmp_path / "there.db").stat().st_size
 
 
 def test_a_database_that_another_program_left_half_made_is_called_damaged(database, tmp_path):
