@@ -79,8 +79,8 @@ def check_command_line(argv: list[str]) -> Composition | None:
         return None
     from resnet_cifar import schema  # late: --help and --cfg need no types
 
+    schema.check_jobs(composition.jobs)
     for cfg, overrides in composition.jobs:
-        schema.check(cfg, overrides)
         if composition.sweep is None and (cfg.sweep.dry_run or cfg.sweep.rerun == "all"):
             key = "dry_run=true" if cfg.sweep.dry_run else "rerun=all"
             raise ConfigError(f"sweep.{key} would do nothing for a single run: give it with -m")

@@ -83,6 +83,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         refuse("only one of --run, --multirun, --cfg, --info and --shell-completion can be given")
     if arguments.resolve and not (arguments.cfg or arguments.help):
         refuse("--resolve goes with --cfg or --help")
+    if arguments.package and not arguments.cfg:
+        refuse("--package goes with --cfg")
     return arguments
 
 
@@ -90,14 +92,19 @@ def compose(arguments: argparse.Namespace) -> Composition:
     """Everything Hydra is going to run: one job, or all those of a sweep; ConfigError for what it cannot compose."""
     for override in arguments.overrides:
         key, _, value = override.lstrip("+").partition("=")
-        secret = key.startswith("hydra.job.env_set.") and is_secret(key.rpartition(".")[2]) and "${" not in value
-        if secret or (key.startswith("hydra.") and has_password(value)):
-            raise ConfigError(f"{key} would be written into files: give the secret in the shell's environment")
+        if key.startswith("hydra.") and has_password(value):
+            raise _written(key)
     try:
         with started_hydra(arguments) as hydra:
             return _composition(hydra, arguments)
     except COMPOSITION_ERRORS as error:
         raise ConfigError(explained(error, arguments)) from error
+    except OSError as error:
+        raise ConfigError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+def _written(key: str) -> ConfigError:
+    return ConfigError(f"{key} would be written into files: give the secret in the shell's environment")
 
 
 def start_job(overrides: Sequence[str], job: Callable[[DictConfig], Any]) -> Any:
@@ -116,6 +123,7 @@ def _composition(hydra: Hydra, arguments: argparse.Namespace) -> Composition:
     # As Hydra does it: hydra.mode=MULTIRUN, in a preset too, asks for a sweep as -m does.
     mode = RunMode.MULTIRUN if arguments.multirun else cfg.hydra.mode or RunMode.RUN
     loader.validate_sweep_overrides_legal(given, mode, from_shell=True)
+    _check_hydra(cfg, arguments, mode)
     overrides = _as_written(cfg)
     if mode == RunMode.RUN:
         folder = None
@@ -127,12 +135,37 @@ def _composition(hydra: Hydra, arguments: argparse.Namespace) -> Composition:
         return _with_sweep([(cfg, overrides)], overrides, known=False)
     params = [f"{key}={value}" for key, value in (cfg.hydra.sweeper.params or {}).items()]
     parsed = OverridesParser.create(config_loader=loader).parse_overrides([*params, *overrides])
+    for override in parsed:
+        if getattr(override.value(), "shuffle", False):  # Hydra draws once more when it starts the jobs
+            raise ConfigError(f"{override.input_line}: shuffle() has another order each time; leave it out")
     jobs = BasicSweeper.split_arguments(parsed, None)[0]
     if not jobs:
         given = " ".join([*params, *overrides])
         raise ConfigError(f"the sweep has no job, since a glob() or range() in it has no value: {given}")
     composed = [(loader.load_sweep_config(cfg, list(job)), list(job)) for job in jobs]
     return _with_sweep(composed, [*params, *overrides], known=True)
+
+
+def _check_hydra(cfg: DictConfig, arguments: argparse.Namespace, mode: RunMode) -> None:
+    """Raise ConfigError for keys of Hydra's own that would do nothing here, or harm a run."""
+    keys = [override.lstrip("+").partition("=")[0] for override in arguments.overrides]
+    for key in keys:
+        if mode == RunMode.RUN and key.startswith(
+            ("hydra/launcher", "hydra.launcher.", "hydra.sweep.", "hydra.sweeper.")
+        ):
+            raise ConfigError(f"{key} would do nothing for a single run: give it with -m")
+        if mode == RunMode.MULTIRUN and key.startswith("hydra.run."):
+            raise ConfigError(f"{key} would do nothing in a sweep: its folder is hydra.sweep.dir")
+    variables = OmegaConf.to_container(cfg.hydra.job.env_set, resolve=False)
+    for name, value in variables.items():
+        if is_secret(str(name)) and "${" not in str(value):
+            raise _written(f"hydra.job.env_set.{name}")
+    if cfg.hydra.job.chdir:
+        raise ConfigError(
+            "hydra.job.chdir=true: paths are from where a command is given, in its jobs too; leave it out"
+        )
+    if cfg.hydra.output_subdir != str(HYDRA_FILE.parent) and "resume" not in keys:
+        raise ConfigError("hydra.output_subdir: a run without its .hydra folder could not be resumed; leave it out")
 
 
 def _with_sweep(jobs: Jobs, overrides: list[str], known: bool) -> Composition:

@@ -20,6 +20,12 @@ from resnet_cifar.suggestions import closest, did_you_mean, dotted, keys, quoted
 # The plugins' launchers behind our presets, and the extra that installs each.
 LAUNCHER_EXTRAS = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "cluster"}
 
+OPEN = (
+    "hydra.job.env_set",
+    "hydra.callbacks",
+    "hydra.sweeper.params",
+)  # sections of Hydra's own for entries of the user's
+
 # What Hydra, OmegaConf and YAML raise for files and values of a user's; the last four where Hydra did not expect them.
 COMPOSITION_ERRORS = (
     *(HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError),
@@ -58,6 +64,8 @@ def _unreadable(override: str, arguments: argparse.Namespace) -> str:
         spaced = any(override.startswith("=") or override.endswith("=") for override in arguments.overrides)
         hint = ", without a space" if spaced else _option_called(key)
         return f"cannot read {key}: settings are written key=value{hint}"
+    if joined := _without_spaces(override, arguments.overrides):
+        return f"cannot read {override}: lists and sweeps are written without spaces: {joined}"
     if value.startswith("~") and value[1:2] not in ("", "/"):
         return f"cannot read {override}: a value does not begin with ~, write a home folder out"
     if value.startswith("~"):
@@ -65,6 +73,20 @@ def _unreadable(override: str, arguments: argparse.Namespace) -> str:
     written = f"{key}={quoted(value)}"
     written = shlex.quote(written) if set('$`"\\!') & set(written) else f'"{written}"'
     return f"cannot read {override}: special characters want quotes, the shell's and Hydra's: {written}"
+
+
+def _without_spaces(override: str, overrides: list[str]) -> str:
+    """A list or a sweep that spaces have parted, put together again; empty where it is none."""
+    if override not in overrides:
+        return ""
+    joined, *rest = overrides[overrides.index(override) :]
+    while (
+        rest
+        and "=" not in rest[0]
+        and (joined.endswith(",") or sum(map(joined.count, "[{")) > sum(map(joined.count, "}]")))
+    ):
+        joined += rest.pop(0)
+    return joined if joined != override else ""
 
 
 def _option_called(name: str) -> str:
@@ -81,11 +103,15 @@ def _unknown_key(key: str, arguments: argparse.Namespace) -> str:
     if key.startswith("hydra.launcher."):
         another = not any(override.startswith("hydra/launcher=") for override in arguments.overrides)
         return f"{key} is no key of this launcher{': give hydra/launcher=parallel or another' if another else ''}"
+    if key.startswith(OPEN):
+        return f"{key} is not there yet; a new one wants a +: +{key}{value}"
     if options := _options_with(key):
         return f"{key} is not a key here: it goes with {' or '.join(options)}"
     known = known_keys(arguments)
     if key in known:  # what is given is a mapping, with a key that is not there
-        return f"{key} has no entry of such a name; another one wants a +: +{key}{value}"
+        there = [name for name in re.findall(r"[{,]\s*(\w+)\s*:", value) if f"{key}.{name}" not in known]
+        hints = [hint for name in there if (hint := did_you_mean(f"{key}.{name}", known))]
+        return f"{key} has no entry of such a name{hints[0] if hints else f'; another one wants a +: +{key}{value}'}"
     if key.startswith("explain.layers.") and value:
         return f"{key} is not a key; another layer wants a +: +{key}{value}"
     return f"{key} is not a key{did_you_mean(key, known, value) or _with_a_plus(key, value, arguments)}"

@@ -18,14 +18,29 @@ def conflicts(cfg: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
     yield from _data(cfg)
     yield from _learning_rate(cfg, overrides)
     yield from _schedule(cfg["scheduler"])
-    yield from _tracking(cfg["tracking"])
+    yield from _tracking(cfg["tracking"], overrides)
+
+
+def idle(jobs: Sequence[tuple[dict[str, Any], Sequence[str]]]) -> Iterator[str]:
+    """One sentence for each key that was given and that no job of a command has a use for: its configuration and overrides."""
+    searched = any(
+        cfg["task"] == "find_lr" or (cfg["task"] == "train" and cfg["scheduler"].get("max_lr") == "find")
+        for cfg, _ in jobs
+    )
+    for key in dict.fromkeys(key for _, overrides in jobs for key in _keys(overrides)):
+        if key.startswith("lr_finder.") and not searched:
+            yield f"{key} would do nothing without a search: give scheduler.max_lr=find with it"
+
+
+def _keys(overrides: Sequence[str]) -> list[str]:
+    return [override.lstrip("+").partition("=")[0] for override in overrides]
 
 
 def _task(cfg: dict[str, Any]) -> Iterator[str]:
     task, checkpoint = cfg["task"], cfg["checkpoint"]
     if task in ("evaluate", "explain") and checkpoint is None:
         yield f"task={task} needs checkpoint=...: a checkpoint file, a run folder or an MLflow run id"
-    if task in ("train", "find_lr") and checkpoint is not None:
+    if task in ("train", "find_lr", "sync") and checkpoint is not None:
         yield f"checkpoint={checkpoint} would do nothing with task={task}: it is for task=evaluate and task=explain"
     if cfg["explain"]["images"] is not None and task != "explain":
         yield f"explain.images={cfg['explain']['images']} would do nothing with task={task}: it is for task=explain"
@@ -81,7 +96,7 @@ def _learning_rate(cfg: dict[str, Any], overrides: Sequence[str]) -> Iterator[st
         )
     if searched and cfg["param_groups"]["norm_bias_lr_factor"] != 1:
         yield "param_groups.norm_bias_lr_factor would do nothing in the LR finder: give scheduler.max_lr as a number"
-    given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    given = _keys(overrides)
     if cfg["task"] == "train" and isinstance(max_lr, int | float) and "optimizer.lr" in given:
         yield (
             f"optimizer.lr={start} would do nothing beside scheduler.max_lr={max_lr}: the one-cycle schedule overwrites it;\n"
@@ -105,9 +120,11 @@ def _schedule(scheduler: dict[str, Any]) -> Iterator[str]:
         yield f"scheduler.pct_start={rise} should be at most 0.5 with scheduler.three_phase=true: the fall is as long as the rise"
 
 
-def _tracking(tracking: dict[str, Any]) -> Iterator[str]:
+def _tracking(tracking: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
     uri = tracking["uri"]
     if uri is None:
+        for key in {"tracking.experiment", "tracking.artifacts"}.intersection(_keys(overrides)):
+            yield f"{key} would do nothing with tracking=none: leave one of them out"
         return
     scheme = uri.partition("://")[0].partition("+")[0] if "://" in uri else ""
     if scheme == "postgres":

@@ -9,7 +9,6 @@ import traceback
 from pathlib import Path
 from typing import TextIO
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 
 from resnet_cifar.errors import UserError
@@ -54,13 +53,7 @@ def log_failure(error: BaseException) -> None:
 
 def shown(path: Path) -> Path:
     """The path from the working directory, where it lies in there."""
-    return path.relative_to(working_directory()) if path.is_relative_to(working_directory()) else path
-
-
-def working_directory() -> Path:
-    """Where the command was given: with `hydra.job.chdir=true` the job itself is in its run's folder."""
-    moved = HydraConfig.initialized() and HydraConfig.get().job.chdir
-    return Path(HydraConfig.get().runtime.cwd) if moved else Path.cwd()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def setting(key: str, path: Path) -> str:

@@ -76,7 +76,7 @@ def asked_for(cfg: DictConfig) -> tuple[DictConfig, Invocation]:
 
 
 def _typed(key: str, overrides: tuple[str, ...]) -> bool:
-    return any(override.startswith(f"{key}=") for override in overrides)
+    return any(override.lstrip("+").startswith(f"{key}=") for override in overrides)
 
 
 def _typed_uri(cfg: DictConfig, overrides: tuple[str, ...]) -> str | None:

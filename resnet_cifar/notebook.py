@@ -20,8 +20,8 @@ def begin(*overrides: str) -> tuple[DictConfig, Invocation]:
     composition = compose(parse_arguments(overrides))
     if composition.sweep is not None:
         raise ConfigError("A notebook trains one run: give sweeps to python run.py")
-    for cfg, given in composition.jobs:
-        schema.check(cfg, given)
+    schema.check_jobs(composition.jobs)
+    for cfg, _ in composition.jobs:
         if cfg.task != "train" or cfg.resume is not None:
             raise ConfigError("A notebook trains from the beginning: give other tasks and resume to python run.py")
         if cfg.trainer.devices > 1:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from resnet_cifar.console import nobody_reads, setting, shown, working_directory
+from resnet_cifar.console import nobody_reads, setting, shown
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord
 from resnet_cifar.tracked_run import Run, TrackedRun, run_page
 
@@ -103,9 +103,10 @@ class ProgressDisplay:
         if self.steps_timed < self.steps_per_epoch - 1:  # resumed: a whole evaluation for a few steps is no measure
             self.steps_timed = -1
         log.info(
-            "epoch %s  lr %.6f  train %6.3f %6.2f%%  %s %6.3f %6.2f%%  %3.0f s",
+            "epoch %s  lr %.6f  train %6.3f %6.2f%%  %s %6.3f %6.2f%%  %3.*f s",
             *(self._of_epochs(record.epoch), record.lr, record.train_loss, record.train_accuracy),
-            *(self.evaluated_on, record.eval_loss, record.eval_accuracy, record.epoch_seconds),
+            *(self.evaluated_on, record.eval_loss, record.eval_accuracy),
+            *(int(record.epoch_seconds < 9.95), record.epoch_seconds),
         )
 
     def close(self) -> None:
@@ -123,12 +124,12 @@ class ProgressDisplay:
         remaining = seconds_per_step * steps
         end = datetime.now() + timedelta(seconds=remaining)
         if remaining < HOUR:
-            log.info("Training takes about %s more, until about %s.", _duration(remaining), f"{end:%H:%M}")
+            log.info("Training takes about %s more, until about %s.", duration(remaining), f"{end:%H:%M}")
             return
         log.info(
             "Training takes about %s more on this CPU, until %s;\n"
             "for a look in a minute: python run.py experiment=quickstart",
-            *(_duration(remaining), f"{end:%H:%M on %d %B}"),
+            *(duration(remaining), f"{end:%H:%M on %d %B}"),
         )
 
 
@@ -147,10 +148,11 @@ def where_to_look(task: str, folder: Path, tracked_run: Run) -> str:
 
 def shown_uri(text: str) -> str:
     """The address of an SQLite database in `text` from the working directory, where it lies in there."""
-    return text.replace(f"sqlite:///{working_directory()}/", "sqlite:///")
+    return text.replace(f"sqlite:///{Path.cwd()}/", "sqlite:///")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in the unit that a reader would choose: `3.4 s`, `45 s`, `3 min`, `3.5 hours`."""
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 2 * HOUR else f"{seconds / HOUR:.1f} hours"

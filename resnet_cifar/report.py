@@ -222,10 +222,11 @@ def training_note(folder: Path, evaluated_on: str, test: Evaluation, max_lr: flo
     peak = "no peak" if max_lr is None else f"max LR {max_lr:.6g}"
     target = f"{TARGET_ACCURACY}% first reached in epoch {reached}" if reached else f"{TARGET_ACCURACY}% not reached"
     epochs = f"{last['epoch']} epoch{'s' if last['epoch'] > 1 else ''}"
+    took = f"{seconds / 60:.1f} min" if seconds > 600 else f"{seconds:.1f} s"
     return (
         f"**Test accuracy {test.accuracy:.2f}%**, loss {test.loss:.4f}, after {epochs} ({peak}).\n\n"
         f"Best {evaluated_on} accuracy {best['eval_accuracy']:.2f}% in epoch {best['epoch']}, {target}; "
-        f"the epochs took {seconds / 60:.1f} min."
+        f"the epochs took {took}."
     )
 
 

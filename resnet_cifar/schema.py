@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal, NotRequired
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # pydantic refuses typing's own before Python 3.12
 
-from resnet_cifar.conflicts import conflicts
+from resnet_cifar.conflicts import conflicts, idle
 from resnet_cifar.environment import without_environment
 from resnet_cifar.errors import ConfigError
 from resnet_cifar.passwords import has_password
@@ -22,13 +22,15 @@ from resnet_cifar.suggestions import did_you_mean, keys
 from resnet_cifar.targets import CLASSES, is_allowed
 
 
-def _matching(pattern: str, allowed: str) -> AfterValidator:
-    def check(value: str) -> str:
-        if not re.fullmatch(pattern, value):
+def _matching(
+    pattern: str, allowed: str, when: type[AfterValidator | BeforeValidator] = AfterValidator
+) -> AfterValidator | BeforeValidator:
+    def check(value: Any) -> Any:
+        if not re.fullmatch(pattern, str(value)):
             raise ValueError(f"should be {allowed}")
         return value
 
-    return AfterValidator(check)
+    return when(check)
 
 
 Positive = Annotated[float, Field(gt=0)]
@@ -38,7 +40,7 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Text = Annotated[str, _matching(r".*\S.*", "a text that is not empty")]
-Device = Annotated[str, _matching(r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, mps, cuda or cuda:N")]
+Device = Annotated[str, _matching(r"auto|cpu|mps|cuda(:\d+)?", "auto, cpu, mps, cuda or cuda:N", BeforeValidator)]
 FileName = Annotated[str, _matching(r"[\w.-]*\w[\w.-]*", "letters, digits, '_', '-' and '.'")]
 RunName = Annotated[str, _matching(r"(?!\.+$)[^/\\\n]*[^/\\\s][^/\\\n]*", "a name, not a path: without '/' and '\\'")]
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
@@ -213,6 +215,14 @@ class Config(TypedDict):
     sweep: Sweep
 
 
+def check_jobs(jobs: Sequence[tuple[DictConfig, Sequence[str]]]) -> None:
+    """Raise ConfigError for a job that cannot be run, or a key that was given and none of them has a use for."""
+    for cfg, overrides in jobs:
+        check(cfg, overrides)
+    for problem in idle([(resolved(cfg), overrides) for cfg, overrides in jobs]):
+        raise ConfigError(problem)
+
+
 def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     """Raise ConfigError, in at most three lines, for a value, key or combination that cannot be run.
 
@@ -267,6 +277,10 @@ def _violations(container: dict[str, Any], written: dict[str, Any]) -> Iterator[
             reasons[f"{key} is not a key{hint}"] = []
         else:
             allowed = re.sub(r"^(Value error, )?(\w+ (?=should))?should | after validation.*", "", message)
+            if kind == "string_type" and isinstance(given, int | float):
+                allowed += f"; a number as a text is written {key}=\"'{_as_yaml(given)}'\""
+            if kind in ("int_type", "float_type", "bool_type") and str(given).startswith("${oc.env:"):
+                allowed += f"; what is in the environment is text: '{key}=${{oc.decode:{given}}}'"
             reasons.setdefault(f"{key}={_as_yaml(given)} should ", []).append(allowed)
     for key, value in leaves(container):
         if isinstance(value, float) and not math.isfinite(value):

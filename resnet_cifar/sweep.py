@@ -39,7 +39,7 @@ def place() -> str:
     if not jobs:
         return f"#{number}"
     left = sum(job.action != SKIP for job in jobs[number + 1 :])
-    return f"#{number}, {left} to follow: {jobs[number].name}"
+    return f"#{number}, {left} to follow{f': {name}' if (name := jobs[number].name) else ''}"
 
 
 def is_finished() -> bool:

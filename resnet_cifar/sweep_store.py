@@ -19,7 +19,7 @@ from resnet_cifar.compose import Sweep
 from resnet_cifar.delivery import reason
 from resnet_cifar.errors import StorageError
 from resnet_cifar.fingerprint import config_hash, source_hash
-from resnet_cifar.progress import LOCAL_SERVER, shown_uri
+from resnet_cifar.progress import LOCAL_SERVER, duration, shown_uri
 from resnet_cifar.run_folder import has_finished
 from resnet_cifar.store_errors import user_errors
 from resnet_cifar.sweep_plan import SKIP, is_of_this_source
@@ -141,7 +141,7 @@ def estimate(sweep: Sweep, actions: Sequence[str]) -> str:
         seconds, guessed = seconds + per_epoch * cfg.trainer.epochs, guessed + 1
     if not guessed:
         return "nothing to do"
-    return f"about {_duration(seconds)} one after the other, as earlier runs of this size took"
+    return f"about {duration(seconds)} one after the other, as earlier runs of this size took"
 
 
 def _was_resumed(run: "MlflowRun") -> bool:
@@ -155,16 +155,6 @@ def _size(run: "MlflowRun") -> list[str | None]:
 def _planned_size(cfg: DictConfig, data: str | None) -> list[str | None]:
     values = [data, *(OmegaConf.select(cfg, key) for key in SIZE[1:])]
     return [None if value is None else str(value) for value in values]
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
 
 
 def run_id(folder: Path) -> str | None:

@@ -36,7 +36,7 @@ def publish(folder: Path, settings: DictConfig) -> None:
     found = leaderboard.results(plan)
     rows, metric = leaderboard.table(found), leaderboard.ranked_by(found)
     ranked = f", ranked by {metric}" if any(score(result, metric) is not None for result in found) else ""
-    heading = f"Sweep {plan.id}: {len(found)} jobs{ranked}"
+    heading = f"Sweep {plan.id}: {len(found)} job{'s' if len(found) > 1 else ''}{ranked}"
     command = f"`python run.py {shlex.join(plan.command)}`\n"
     table = f"# {heading}\n\n{leaderboard.verdict(rows)}\n\n{leaderboard.markdown(rows)}\n\n{command}"
     leaderboard.write_csv(folder / "leaderboard.csv", rows)

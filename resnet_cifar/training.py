@@ -16,7 +16,7 @@ from resnet_cifar.data import Images, seeded, steps_per_epoch
 from resnet_cifar.distributed import ALONE, World
 from resnet_cifar.environment import without_environment
 from resnet_cifar.errors import ConfigError, DataError
-from resnet_cifar.loop import Progress, Training
+from resnet_cifar.loop import Progress, Training, autocast
 from resnet_cifar.recording import Invocation
 
 START_AGAIN = "Without its folder\ncheckpoints/ the run starts again from its first epoch"
@@ -94,15 +94,15 @@ def rehearse(cfg: DictConfig, built: parts.Parts, train_images: Images, test_ima
             log.warning("Training ends on images of %s pixels, and %s are evaluated.", _size(last), _size(shown))
         for epoch, images in ((1, first), (cfg.trainer.epochs, last)):
             try:
-                _try_network(network.train(), images, cfg.model._target_, len(built.classes))
+                _try_network(cfg, built, network.train(), images)
             except ConfigError:
                 if share <= 2:
                     raise
                 # It may divide a batch, as ghost batch norm does.
                 whole = _augmented(built, train_images[:share], cfg.seed, epoch)
-                _try_network(network, whole, cfg.model._target_, len(built.classes))
+                _try_network(cfg, built, network, whole)
         with torch.no_grad():
-            _try_network(network.eval(), shown, cfg.model._target_, len(built.classes))
+            _try_network(cfg, built, network.eval(), shown)
 
 
 def _copy(cfg: DictConfig, built: parts.Parts) -> nn.Module:
@@ -136,11 +136,12 @@ def _augmented(built: parts.Parts, images: Images, seed: int, epoch: int) -> tor
         raise ConfigError(f"augmentation.transforms cannot be used on these images: {reason}") from error
 
 
-def _try_network(network: nn.Module, images: torch.Tensor, name: str, num_classes: int) -> None:
-    number = len(images)
+def _try_network(cfg: DictConfig, built: parts.Parts, network: nn.Module, images: torch.Tensor) -> None:
+    name, num_classes, precision, number = cfg.model._target_, len(built.classes), built.precision, len(images)
     said = f"{name}, given {number} image{'s' if number > 1 else ''} of {_size(images)} pixels,"
     try:
-        logits = network(images)
+        with autocast(images.device, precision):
+            logits = network(images)
     except Exception as error:  # a model of the user's own can raise anything
         reason = f"{said} fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         last_batch = "\nThe last batch has no more for a process: change data.batch_size or data.train_size"

@@ -35,9 +35,15 @@ PRELOADED = [
 # Two epochs of eight steps on digits: seconds, with everything a run does.
 TINY = (
     *("data=digits", "data.train_size=120", "data.test_size=40", "data.batch_size=16", "model.width=0.125"),
-    *("trainer.epochs=2", "trainer.precision=fp32", "lr_finder.num_iter=4", "explain.num_images=2"),
+    *("trainer.epochs=2", "trainer.precision=fp32", "explain.num_images=2"),
 )
 STEPS = 8
+
+
+def tiny(*arguments: str) -> tuple[str, ...]:
+    """The arguments of a tiny run with these added, and few iterations of the LR finder where it searches."""
+    searches = not any(argument.startswith(("scheduler.max_lr", "scheduler=", "experiment=")) for argument in arguments)
+    return (*TINY, *(("lr_finder.num_iter=4",) if searches else ()), *arguments)
 
 
 @dataclass

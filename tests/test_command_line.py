@@ -121,6 +121,24 @@ def assert_short(message):
         ("-m seed=0 trainer.epochs=range(0,2)", "trainer.epochs=0"),
         ("-m optimizer=adam,sdg", "choose from adam, adamw, muon, sgd"),
         ("-m seed=interval(0,1)", "INTERVAL_SWEEP"),
+        ("-m seed=0, 1, 2", "without spaces: seed=0,1,2"),
+        ("data.mean=[0.5, 0.5, 0.5]", "without spaces: data.mean=[0.5,0.5,0.5]"),
+        ("explain.layers={a: layer_1}", "without spaces: explain.layers={a:layer_1}"),
+        ("hydra/launcher=parallel", "give it with -m"),
+        ("hydra.sweep.dir=here", "give it with -m"),
+        ("-m seed=0,1 hydra.run.dir=here", "its folder is hydra.sweep.dir"),
+        ("-m seed=shuffle(range(4))", "has another order each time"),
+        ("hydra.job.chdir=true", "leave it out"),
+        ("hydra.output_subdir=null", "could not be resumed"),
+        ("hydra.job.env_set.A=1", "a new one wants a +: +hydra.job.env_set.A=1"),
+        ("trainer={epoch:3}", "did you mean trainer.epochs?"),
+        ("-p optimizer", "--package goes with --cfg"),
+        ("trainer.device=0", "trainer.device=0 should be auto, cpu, mps, cuda or cuda:N"),
+        ("tracking.experiment=2026", "is written tracking.experiment=\"'2026'\""),
+        ("seed=${oc.env:HOME}", "'seed=${oc.decode:${oc.env:HOME}}'"),
+        ("experiment=laptop lr_finder.end_lr=1", "lr_finder.end_lr would do nothing without a search"),
+        ("tracking=none tracking.experiment=x", "tracking.experiment would do nothing with tracking=none"),
+        ("task=sync checkpoint=x", "checkpoint=x would do nothing with task=sync"),
         ("sweep.dry_run=True", "give it with -m"),
         ("sweep.rerun=all", "give it with -m"),
     ],
@@ -424,9 +442,3 @@ def test_an_installed_wheel_writes_into_the_working_directory(monkeypatch, tmp_p
     monkeypatch.setattr(hydra_setup, "INSTALLED", True)
     monkeypatch.chdir(tmp_path)
     assert hydra_setup.outputs() == str(tmp_path / "outputs")
-
-
-def test_a_job_in_its_own_folder_shows_paths_from_where_the_command_was_given(command, job, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    job(lambda cfg: print(console.shown(Path.cwd())))
-    assert command("hydra.job.chdir=true", *TINY)[1].startswith("outputs/runs/")

@@ -18,7 +18,6 @@ from omegaconf import OmegaConf
 from PIL import Image
 from processes import (
     STEPS,
-    TINY,
     Commands,
     compiles_nothing,
     disk_full_for_a_while,
@@ -28,6 +27,7 @@ from processes import (
     terminated_again_at_the_end,
     terminated_at_grad_cam,
     terminated_at_the_curves,
+    tiny,
 )
 from readme import code_block
 
@@ -95,7 +95,7 @@ def start(commands: Commands, empty_database, tmp_path_factory):
         if base is None:
             outputs.mkdir()
             (outputs / "mlflow.db").write_bytes(empty_database.read_bytes())
-        given = (*TINY, *arguments) if base is None else arguments
+        given = tiny(*arguments) if base is None else arguments
         printed = tmp_path_factory.mktemp("printed") / "output"
         arguments = (*given, f"output_dir={outputs}")
         return Run(outputs, commands(*arguments, printed=printed, fault=fault, environment=environment))

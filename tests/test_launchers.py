@@ -154,7 +154,14 @@ def _descendants(pid):
 
 def test_submitit_runs_a_job_of_a_sweep(commands, tmp_path):
     needs("submitit")
-    arguments = [*SWEEP, "hydra/launcher=submitit_local", "task=find_lr", "seed=0", "tracking=none"]
+    arguments = [
+        *SWEEP,
+        "hydra/launcher=submitit_local",
+        "task=find_lr",
+        "lr_finder.num_iter=4",
+        "seed=0",
+        "tracking=none",
+    ]
     command = commands(*arguments, f"output_dir={tmp_path}", printed=tmp_path / "out")
     assert command.ends() == 0, command.output
     assert_finished(tmp_path)

@@ -1,5 +1,6 @@
 """What a terminal of 80 columns, a pipe and a notebook show of a training."""
 
+import dataclasses
 import io
 import itertools
 import logging
@@ -51,6 +52,14 @@ def test_the_lines_of_all_epochs_are_columns_and_have_room_in_a_terminal(caplog)
     first, last = caplog.messages
     assert first == "epoch  3/24  lr 0.008190  train  0.738  73.84%  test  0.700  75.10%  188 s"
     assert len(first) == len(last) <= 80
+
+
+def test_the_seconds_of_a_short_epoch_have_a_decimal(caplog):
+    caplog.set_level(logging.INFO)
+    display = ProgressDisplay(24, 50_000, 512, "test", costs=None)
+    display.epoch(dataclasses.replace(an_epoch(3), epoch_seconds=0.46))
+    display.epoch(dataclasses.replace(an_epoch(4), epoch_seconds=9.96))
+    assert [line.rpartition("%")[2] for line in caplog.messages] == ["  0.5 s", "   10 s"]
 
 
 def test_a_terminal_has_a_bar_with_the_accuracy_on_the_images_so_far(monkeypatch):

@@ -14,13 +14,13 @@ import torch
 from omegaconf import OmegaConf
 from processes import (
     STEPS,
-    TINY,
     after_steps,
     full_disk_at_the_start,
     full_disk_for_checkpoint,
     killed_before_the_checkpoint,
     on_a_terminal,
     signals,
+    tiny,
     waits_after_steps,
 )
 from test_loop import numbers, synthetic, training
@@ -42,7 +42,7 @@ def start(commands, outputs, tmp_path):
 
     def run(*arguments, fault=None, fault_arguments=()):
         if not any("resume=" in argument for argument in arguments):
-            arguments = (*TINY, *arguments, f"output_dir={outputs}")
+            arguments = (*tiny(*arguments), f"output_dir={outputs}")
         printed = tmp_path / f"printed_{len(list(tmp_path.glob('printed_*')))}"
         return commands(*arguments, printed=printed, fault=fault, fault_arguments=fault_arguments)
 
@@ -54,7 +54,7 @@ def uninterrupted(commands, empty_database, tmp_path_factory):
     """The folder of a run that nothing interrupted."""
     outputs = tmp_path_factory.mktemp("uninterrupted")
     shutil.copy(empty_database, outputs / "mlflow.db")
-    command = commands(*TINY, f"output_dir={outputs}", printed=outputs / "printed")
+    command = commands(*tiny(), f"output_dir={outputs}", printed=outputs / "printed")
     assert command.ends() == 0, command.output
     return only_run(outputs)
 

@@ -10,8 +10,7 @@ from resnet_cifar.errors import ConfigError
 def problem(*overrides):
     """Why these overrides are refused; empty where they are not."""
     try:
-        for cfg, given in compose(parse_arguments(overrides)).jobs:
-            schema.check(cfg, given)
+        schema.check_jobs(compose(parse_arguments(overrides)).jobs)
     except ConfigError as error:
         return str(error)
     return ""
@@ -152,7 +151,7 @@ def test_values_that_cannot_go_together_are_refused(overrides, part):
         "+optimizer.betas=[0.5,0.999] scheduler.cycle_momentum=false",
         "scheduler.three_phase=true scheduler.pct_start=0.5",
         "task=explain checkpoint=run explain.images=folder",
-        "scheduler.max_lr=0.1 lr_finder.end_lr=0.0001",
+        "-m scheduler.max_lr=find,0.1 lr_finder.end_lr=1",
         "scheduler=constant optimizer.lr=0.2",
         "optimizer=sgd optimizer.momentum=0.5 scheduler.cycle_momentum=false",
         "optimizer=sgd optimizer.momentum=0.5 scheduler=cosine",

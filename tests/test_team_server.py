@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import requests
 from mlflow import MlflowClient
-from processes import REPOSITORY, TINY
+from processes import REPOSITORY, tiny
 
 from resnet_cifar import tracked_run, tracking
 from resnet_cifar.errors import StorageError
@@ -215,7 +215,7 @@ def test_eight_runs_at_once_lose_nothing(server, commands, tmp_path):
 
 def test_a_training_sends_everything_through_the_server(server, commands, tmp_path):
     given = (f"tracking.uri={server.uri}", f"output_dir={tmp_path}", "tracking.experiment=trained")
-    command = commands(*TINY, *given, printed=tmp_path / "printed", environment=CLIENT)
+    command = commands(*tiny(*given), printed=tmp_path / "printed", environment=CLIENT)
     assert command.ends() == 0, command.output
     client = server.client
     [run] = client.search_runs([client.get_experiment_by_name("trained").experiment_id])

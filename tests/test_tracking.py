@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from mlflow_stub import StubServer
-from processes import TINY, killed_while_the_database_is_made
+from processes import killed_while_the_database_is_made, tiny
 
 from resnet_cifar import delivery, store_errors, tracked_run, tracking
 from resnet_cifar.artifact_files import link_or_copy
@@ -562,7 +562,7 @@ def one_error(*arguments, **keywords):
 
 
 def test_a_database_whose_making_was_killed_is_made_by_the_next_run(commands, tmp_path):
-    arguments = [*TINY, "task=find_lr", f"output_dir={tmp_path / 'outputs'}"]
+    arguments = tiny("task=find_lr", f"output_dir={tmp_path / 'outputs'}")
     killed = commands(*arguments, printed=tmp_path / "killed", fault=killed_while_the_database_is_made)
     assert killed.ends() == -signal.SIGKILL
     following = commands(*arguments, printed=tmp_path / "following")

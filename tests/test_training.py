@@ -1,6 +1,7 @@
 """The rehearsal before a training: what would end it later ends it at once, and nothing else is touched."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -107,6 +108,22 @@ def test_a_schedule_whose_state_no_checkpoint_could_be_read_back_with_is_refused
 def test_an_average_that_hardly_leaves_the_first_weights_is_said(caplog, decay, warned):
     rehearse(f"trainer.ema_decay={decay}", "trainer.epochs=10")
     assert ("mostly of the first steps' weights" in caplog.text) == warned
+
+
+class AddsInFloat32(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3 * 32 * 32, 10)
+
+    def forward(self, images):
+        logits = torch.zeros(len(images), 10)
+        return logits.index_add_(0, torch.arange(len(images)), self.linear(images.flatten(1)))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_network_is_tried_in_the_precision_of_the_training(precision):
+    with nullcontext() if precision == "fp32" else pytest.raises(ConfigError, match="same scalar type"):
+        rehearse(f"trainer.precision={precision}", network=AddsInFloat32())
 
 
 def test_test_images_of_other_classes_are_refused(monkeypatch):
