@@ -100,7 +100,8 @@ class ProgressDisplay:
     def epoch(self, record: EpochRecord) -> None:
         """One line for a finished epoch: its last learning rate, losses and accuracies, and the seconds it took."""
         self.close()
-        if self.steps_timed < self.steps_per_epoch - 1:  # resumed: a whole evaluation for a few steps is no measure
+        # Resumed: a whole evaluation for a few steps is no measure.
+        if self.steps_timed < min(STEPS_BEFORE_ESTIMATE, self.steps_per_epoch - 1):
             self.steps_timed = -1
         log.info(
             "epoch %s  lr %.6f  train %6.3f %6.2f%%  %s %6.3f %6.2f%%  %3.*f s",

@@ -122,6 +122,17 @@ def test_a_cpu_says_once_when_it_will_be_done_and_names_the_quickstart_if_that_i
     assert max(map(len, said.splitlines())) <= 80
 
 
+def test_a_training_resumed_early_in_an_epoch_says_once_when_it_will_be_done(caplog):
+    caplog.set_level(logging.INFO)
+    with ProgressDisplay(3, 20 * 64, 64, "test", costs=[1.0] * 3) as display:
+        for epoch, first in ((1, 3), (2, 1)):
+            for step in range(first, 21):
+                progress = Progress(epoch=epoch, batch=step, correct=step)
+                display.step(StepRecord(epoch, step, 0.01, torch.tensor(0.5)), progress)
+            display.epoch(an_epoch(epoch))
+    assert sum("Training takes about" in line for line in caplog.messages) == 1
+
+
 def test_the_estimate_knows_that_later_epochs_cost_more(caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(time, "monotonic", lambda: 0.0)
