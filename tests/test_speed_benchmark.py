@@ -140,6 +140,8 @@ def test_one_quantity_is_varied_at_a_time(benchmark):
     assert (smaller.width, smaller.batch_size, smaller.train_size, processes) == (0.125, 64, None, 1)
     assert smaller.steps - 1 == 8 * (cost.varied(setting, "processes", 2)[0].steps - 1)  # the same images
     assert cost.varied(setting, "width", 1.0)[0].width == 1.0
+    on_gpu = cost.varied(replace(setting, device=benchmark.torch.device("cuda")), "width", 1.0)[0]
+    assert (on_gpu.steps, on_gpu.warmup) == benchmark.competitors.STEPS_ON_GPU
     assert cost.varied(setting, "processes", 2)[1] == 2
 
 

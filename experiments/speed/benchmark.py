@@ -64,7 +64,6 @@ NAMES = {
 # Steps of a turn by width, of which the first are not counted: they use up what the loaders' workers have ready by then,
 # where these are slower than the network, and of the first five epochs' 98 steps each the end falls into them.
 STEPS = {0.125: (24, 12), 0.5: (4, 2), 1.0: (2, 1)}
-STEPS_ON_GPU = (200, 50)
 ROUNDS = 3  # turns of each side in a repeat
 PARTS = ("profile", "compile", "data", "run", "cost")  # beside the steps; a table each
 BARE = ("bare_step", "bare_step_kept_memory")
@@ -174,7 +173,7 @@ def profiles(arguments: argparse.Namespace, device: torch.device, precision: str
 def settings(arguments: argparse.Namespace, device: torch.device, precision: str) -> Iterator[competitors.Setting]:
     """What is trained at each width, and the steps of a turn."""
     for width in arguments.widths:
-        steps, warmup = STEPS_ON_GPU if device.type == "cuda" else STEPS.get(width, (10, 2))
+        steps, warmup = competitors.STEPS_ON_GPU if device.type == "cuda" else STEPS.get(width, (10, 2))
         steps = arguments.steps or steps
         yield competitors.Setting(width, steps, min(warmup, steps - 1), arguments.data_root, device, precision)
 

@@ -33,6 +33,7 @@ from resnet_cifar.training import build_training
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]
 WORKERS = 2
 MAX_LR = 0.01
+STEPS_ON_GPU = (200, 50)  # of a turn, and how many of these are not counted
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,16 @@ def measure(new_process: Callable, setting: Setting, repeats: int) -> Iterator[E
 
 
 def varied(setting: Setting, quantity: str, value: float) -> tuple[Setting, int]:
-    """The setting with another value of one quantity, and the number of processes; an epoch where images are counted."""
+    """The setting with another value of one quantity, and the number of processes; on a CPU an epoch where images are counted."""
     width = value if quantity == "width" else WIDTH
     batch_size = int(value) if quantity == "batch size" else BATCH_SIZE
     train_size = int(value) if quantity == "images" else None
     steps = train_size // batch_size if train_size else 1 + (STEPS[width] - 1) * BATCH_SIZE // batch_size
+    warmup = 1
+    if setting.device.type == "cuda":  # whose first steps choose and load kernels
+        steps, warmup = competitors.STEPS_ON_GPU
     changed = dataclasses.replace(
-        setting, width=width, batch_size=batch_size, steps=steps, warmup=1, train_size=train_size
+        setting, width=width, batch_size=batch_size, steps=steps, warmup=warmup, train_size=train_size
     )
     return changed, int(value) if quantity == "processes" else 1
 
