@@ -149,7 +149,8 @@ def _composition(hydra: Hydra, arguments: argparse.Namespace) -> Composition:
 def _check_hydra(cfg: DictConfig, arguments: argparse.Namespace, mode: RunMode) -> None:
     """Raise ConfigError for keys of Hydra's own that would do nothing here, or harm a run."""
     keys = [override.lstrip("+").partition("=")[0] for override in arguments.overrides]
-    for key in keys:
+    shown_only = arguments.cfg or arguments.info or arguments.help
+    for key in keys if not shown_only else ():
         if mode == RunMode.RUN and key.startswith(
             ("hydra/launcher", "hydra.launcher.", "hydra.sweep.", "hydra.sweeper.")
         ):

@@ -361,7 +361,15 @@ def test_the_keys_in_the_help_exist(command):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--help"], ["--cfg", "job"], ["--hydra-help"], ["--version"], ["--info", "searchpath"]]
+    "flags",
+    [
+        ["--help"],
+        ["--cfg", "job"],
+        ["--hydra-help"],
+        ["--version"],
+        ["--info", "searchpath"],
+        ["--cfg", "hydra", "hydra/launcher=parallel"],
+    ],
 )
 def test_flags_that_only_show_something_import_nothing_heavy(flags):
     code = (
