@@ -92,7 +92,8 @@ def compose(arguments: argparse.Namespace) -> Composition:
     """Everything Hydra is going to run: one job, or all those of a sweep; ConfigError for what it cannot compose."""
     for override in arguments.overrides:
         key, _, value = override.lstrip("+").partition("=")
-        if key.startswith("hydra.") and has_password(value):
+        secret = key.startswith("hydra.job.env_set.") and _is_written_secret(key.rpartition(".")[2], value)
+        if secret or (key.startswith("hydra.") and has_password(value)):
             raise _written(key)
     try:
         with started_hydra(arguments) as hydra:
@@ -100,7 +101,11 @@ def compose(arguments: argparse.Namespace) -> Composition:
     except COMPOSITION_ERRORS as error:
         raise ConfigError(explained(error, arguments)) from error
     except OSError as error:
-        raise ConfigError(f"{error.filename} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{error.filename or 'the working directory'} cannot be read: {error.strerror}") from error
+
+
+def _is_written_secret(name: str, value: str) -> bool:
+    return is_secret(name) and "${" not in value
 
 
 def _written(key: str) -> ConfigError:
@@ -152,20 +157,23 @@ def _check_hydra(cfg: DictConfig, arguments: argparse.Namespace, mode: RunMode) 
     shown_only = arguments.cfg or arguments.info or arguments.help
     for key in keys if not shown_only else ():
         if mode == RunMode.RUN and key.startswith(
-            ("hydra/launcher", "hydra.launcher.", "hydra.sweep.", "hydra.sweeper.")
+            ("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweep.", "hydra.sweeper")
         ):
             raise ConfigError(f"{key} would do nothing for a single run: give it with -m")
         if mode == RunMode.MULTIRUN and key.startswith("hydra.run."):
             raise ConfigError(f"{key} would do nothing in a sweep: its folder is hydra.sweep.dir")
     variables = OmegaConf.to_container(cfg.hydra.job.env_set, resolve=False)
     for name, value in variables.items():
-        if is_secret(str(name)) and "${" not in str(value):
+        if _is_written_secret(str(name), str(value)):
             raise _written(f"hydra.job.env_set.{name}")
+    if shown_only:
+        return
     if cfg.hydra.job.chdir:
         raise ConfigError(
             "hydra.job.chdir=true: paths are from where a command is given, in its jobs too; leave it out"
         )
-    if cfg.hydra.output_subdir != str(HYDRA_FILE.parent) and "resume" not in keys:
+    resumable = cfg.hydra.output_subdir == str(HYDRA_FILE.parent)
+    if OmegaConf.select(cfg, "task") == "train" and not resumable and "resume" not in keys:
         raise ConfigError("hydra.output_subdir: a run without its .hydra folder could not be resumed; leave it out")
 
 

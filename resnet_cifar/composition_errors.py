@@ -21,9 +21,9 @@ from resnet_cifar.suggestions import closest, did_you_mean, dotted, keys, quoted
 LAUNCHER_EXTRAS = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "cluster"}
 
 OPEN = (
-    "hydra.job.env_set",
-    "hydra.callbacks",
-    "hydra.sweeper.params",
+    "hydra.job.env_set.",
+    "hydra.callbacks.",
+    "hydra.sweeper.params.",
 )  # sections of Hydra's own for entries of the user's
 
 # What Hydra, OmegaConf and YAML raise for files and values of a user's; the last four where Hydra did not expect them.
@@ -103,7 +103,7 @@ def _unknown_key(key: str, arguments: argparse.Namespace) -> str:
     if key.startswith("hydra.launcher."):
         another = not any(override.startswith("hydra/launcher=") for override in arguments.overrides)
         return f"{key} is no key of this launcher{': give hydra/launcher=parallel or another' if another else ''}"
-    if key.startswith(OPEN):
+    if value and f"{key}.".startswith(OPEN):
         return f"{key} is not there yet; a new one wants a +: +{key}{value}"
     if options := _options_with(key):
         return f"{key} is not a key here: it goes with {' or '.join(options)}"

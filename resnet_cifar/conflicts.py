@@ -18,18 +18,23 @@ def conflicts(cfg: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
     yield from _data(cfg)
     yield from _learning_rate(cfg, overrides)
     yield from _schedule(cfg["scheduler"])
-    yield from _tracking(cfg["tracking"], overrides)
+    yield from _tracking(cfg["tracking"])
 
 
 def idle(jobs: Sequence[tuple[dict[str, Any], Sequence[str]]]) -> Iterator[str]:
-    """One sentence for each key that was given and that no job of a command has a use for: its configuration and overrides."""
+    """One sentence for each key that was given and that none of a command's jobs, configuration and overrides, has a use for."""
+    given = [override for _, overrides in jobs for override in overrides]
     searched = any(
         cfg["task"] == "find_lr" or (cfg["task"] == "train" and cfg["scheduler"].get("max_lr") == "find")
         for cfg, _ in jobs
     )
-    for key in dict.fromkeys(key for _, overrides in jobs for key in _keys(overrides)):
-        if key.startswith("lr_finder.") and not searched:
-            yield f"{key} would do nothing without a search: give scheduler.max_lr=find with it"
+    # Of the jobs that a sweeper of another kind makes up only what they have in common is known.
+    may_search = any(
+        "find" in override for override in given if override.lstrip("+").startswith(("scheduler.max_lr=", "task="))
+    )
+    for key in dict.fromkeys(_keys(given)):
+        if key.startswith("lr_finder.") and not searched and not may_search:
+            yield f"{key} would do nothing: it is for task=find_lr, or a training with scheduler.max_lr=find"
 
 
 def _keys(overrides: Sequence[str]) -> list[str]:
@@ -120,11 +125,9 @@ def _schedule(scheduler: dict[str, Any]) -> Iterator[str]:
         yield f"scheduler.pct_start={rise} should be at most 0.5 with scheduler.three_phase=true: the fall is as long as the rise"
 
 
-def _tracking(tracking: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
+def _tracking(tracking: dict[str, Any]) -> Iterator[str]:
     uri = tracking["uri"]
     if uri is None:
-        for key in {"tracking.experiment", "tracking.artifacts"}.intersection(_keys(overrides)):
-            yield f"{key} would do nothing with tracking=none: leave one of them out"
         return
     scheme = uri.partition("://")[0].partition("+")[0] if "://" in uri else ""
     if scheme == "postgres":

@@ -111,7 +111,7 @@ def dataset_error(error: Exception, root: str | None, subfolder: str = "") -> Da
             f"There is no {place}. Give the folder that holds {subfolder or 'it'}: data.root=<folder>,\n{offline}"
         )
     reason = " ".join(str(error).split())[:160]
-    again = f"Delete {place} to download it again, give" if subfolder else "Give"
+    again = f"Delete {place} to download it again, give" if subfolder and place.exists() else "Give"
     return DataError(
         f"The data set in data.root={root} cannot be loaded: {type(error).__name__}: {reason}\n"
         f"{again} another folder: data.root=<folder>,\n{offline}"

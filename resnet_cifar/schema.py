@@ -278,7 +278,7 @@ def _violations(container: dict[str, Any], written: dict[str, Any]) -> Iterator[
         else:
             allowed = re.sub(r"^(Value error, )?(\w+ (?=should))?should | after validation.*", "", message)
             if kind == "string_type" and isinstance(given, int | float):
-                allowed += f"; a number as a text is written {key}=\"'{_as_yaml(given)}'\""
+                allowed += f"; as a text it is written {key}=\"'{_as_yaml(given)}'\""
             if kind in ("int_type", "float_type", "bool_type") and str(given).startswith("${oc.env:"):
                 allowed += f"; what is in the environment is text: '{key}=${{oc.decode:{given}}}'"
             reasons.setdefault(f"{key}={_as_yaml(given)} should ", []).append(allowed)

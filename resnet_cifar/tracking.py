@@ -4,6 +4,7 @@ Sending a record twice is harmless: points carry the journal's time, and MLflow 
 """
 
 import functools
+import glob
 import logging
 import os
 import secrets
@@ -131,32 +132,16 @@ class Store:
         if not self._database:
             yield
             return
-        self._database.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{self._database}.lock", timeout=300):
-            if _is_empty(self._database):
-                within(DATABASE_SECONDS, self._create_database)
+        database = self._database.resolve()
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{database}.lock", timeout=300):
+            if _is_empty(database):
+                within(DATABASE_SECONDS, lambda: _create(database))
             # MLflow would try a locked or broken database ten times, which takes minutes.
-            with closing(sqlite3.connect(self._database, timeout=BUSY_SECONDS, isolation_level=None)) as connection:
+            with closing(sqlite3.connect(database, timeout=BUSY_SECONDS, isolation_level=None)) as connection:
                 connection.execute("BEGIN IMMEDIATE")
                 connection.execute("ROLLBACK")
             yield
-
-    def _create_database(self) -> None:
-        # MLflow makes its tables one by one: stopped between two of them, it would never again open the file.
-        assert self._database is not None  # who calls this has looked
-        database = self._database.resolve()
-        for part in database.parent.glob(f".{database.name}.*.part"):
-            part.unlink(missing_ok=True)
-        part = database.with_name(f".{database.name}.{secrets.token_hex(3)}.part")
-        client = _import_mlflow().MlflowClient(f"sqlite:///{part}")
-        try:
-            client.search_experiments(max_results=1)
-        finally:
-            client._tracking_client.store.engine.dispose()
-        if _is_empty(database):  # else another program, MLflow's UI say, has made it meanwhile
-            for suffix in ("-journal", "-wal", "-shm"):  # of one that was moved away: SQLite would apply it to this one
-                Path(f"{database}{suffix}").unlink(missing_ok=True)
-            os.replace(part, database)
 
     def experiment_id(self, name: str, artifacts: str | Path | None) -> str:
         """The experiment `name`, created if need be; `artifacts` is for the files of a new one in a database."""
@@ -324,6 +309,24 @@ class Store:
         # An exported graph stays on its device, and MLflow would ask for CUDA where there is one.
         description.flavors["python_function"]["config"]["device"] = "cpu"
         description.save(str(path / "MLmodel"))
+
+
+def _create(database: Path) -> None:
+    # MLflow makes its tables one by one: stopped between two of them, it would never again open the file.
+    for part in database.parent.glob(f".{glob.escape(database.name)}.*part*"):
+        part.unlink(missing_ok=True)
+    part = database.with_name(f".{database.name}.{secrets.token_hex(3)}.part")
+    client = _import_mlflow().MlflowClient(f"sqlite:///{part}")
+    try:
+        client.search_experiments(max_results=1)
+    finally:
+        client._tracking_client.store.engine.dispose()
+    if _is_empty(database):
+        for suffix in ("-journal", "-wal", "-shm"):  # of one that was moved away: SQLite would apply it to this one
+            Path(f"{database}{suffix}").unlink(missing_ok=True)
+        os.replace(part, database)
+    else:  # another program, MLflow's UI say, has made it meanwhile
+        part.unlink()
 
 
 def _is_empty(database: Path) -> bool:

@@ -152,6 +152,8 @@ def test_values_that_cannot_go_together_are_refused(overrides, part):
         "scheduler.three_phase=true scheduler.pct_start=0.5",
         "task=explain checkpoint=run explain.images=folder",
         "-m scheduler.max_lr=find,0.1 lr_finder.end_lr=1",
+        "-m hydra.sweeper._target_=mine.Sweeper experiment=laptop scheduler.max_lr=find,0.1 lr_finder.end_lr=1",
+        "tracking=none tracking.experiment=mine",
         "scheduler=constant optimizer.lr=0.2",
         "optimizer=sgd optimizer.momentum=0.5 scheduler.cycle_momentum=false",
         "optimizer=sgd optimizer.momentum=0.5 scheduler=cosine",

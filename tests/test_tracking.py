@@ -589,6 +589,18 @@ def test_a_journal_of_a_database_that_was_moved_away_is_not_applied_to_the_new_o
     connection.close()
 
 
+def test_a_database_that_another_program_made_meanwhile_is_left_alone(empty_database, tmp_path, patient, monkeypatch):
+    database, import_mlflow = tmp_path / "mlflow.db", tracking._import_mlflow
+
+    def meanwhile():
+        shutil.copy(empty_database, database)
+        return import_mlflow()
+
+    monkeypatch.setattr(tracking, "_import_mlflow", meanwhile)
+    tracking._create(database)
+    assert database.read_bytes() == empty_database.read_bytes() and not list(tmp_path.glob(".*part*"))
+
+
 def test_a_link_to_a_database_that_is_not_there_yet_stays_a_link(tmp_path, patient):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "mlflow.db").symlink_to(tmp_path / "there.db")
