@@ -82,6 +82,12 @@ def rehearse(cfg: DictConfig, built: parts.Parts, train_images: Images, test_ima
             cfg.trainer.ema_decay,
             total_steps,
         )
+    if cfg.optimizer._target_ == "resnet_cifar.muon.Muon" and not any(
+        "Norm" in type(module).__name__ for module in built.network.modules()
+    ):
+        log.warning(
+            "Muon rescales the weights of convolutions, which only a normalisation behind them undoes: here is none."
+        )
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         network = _copy(cfg, built)
         _try_step(cfg, dataclasses.replace(built, network=network), train_images)

@@ -128,6 +128,7 @@ def assert_short(message):
         ("hydra.sweep.dir=here", "give it with -m"),
         ("-m seed=0,1 hydra.run.dir=here", "its folder is hydra.sweep.dir"),
         ("-m seed=shuffle(range(4))", "has another order each time"),
+        ("-m seed=0,1,0 tracking=none", "one job twice: seed=0 "),
         ("hydra.job.chdir=true", "leave it out"),
         ("hydra.output_subdir=null", "could not be resumed"),
         ("hydra.job.env_set.A=1", "a new one wants a +: +hydra.job.env_set.A=1"),
