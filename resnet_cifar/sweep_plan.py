@@ -101,10 +101,12 @@ def prepare(argv: Sequence[str], sweep: Sweep) -> list[str]:
 
 
 def _check_places(sweep: Sweep) -> None:
-    """Raise ConfigError unless each job is another, with a folder of its own, and all are recorded in one place."""
-    for number, (_, overrides) in enumerate(sweep.jobs):
-        if overrides in [before for _, before in sweep.jobs[:number]]:
+    """Raise ConfigError unless no job is there twice, each has a folder of its own, and all are recorded in one place."""
+    seen: list[dict[str, str]] = []
+    for (_, overrides), values in zip(sweep.jobs, varied([job for _, job in sweep.jobs]), strict=True):
+        if values in seen:
             raise ConfigError(f"the sweep has one job twice: {' '.join(overrides)}")
+        seen.append(values)
     if len(set(sweep.job_folders)) < len(sweep.job_folders):
         raise ConfigError("hydra.sweep.subdir gives several jobs one folder: put ${hydra.job.num} into it")
     for key in ("tracking.uri", "tracking.experiment", "output_dir"):

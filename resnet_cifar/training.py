@@ -82,11 +82,13 @@ def rehearse(cfg: DictConfig, built: parts.Parts, train_images: Images, test_ima
             cfg.trainer.ema_decay,
             total_steps,
         )
-    if cfg.optimizer._target_ == "resnet_cifar.muon.Muon" and not any(
-        "Norm" in type(module).__name__ for module in built.network.modules()
+    if (
+        cfg.optimizer._target_ == "resnet_cifar.muon.Muon"
+        and any(parameter.ndim == 4 for parameter in built.network.parameters())
+        and not any("Norm" in type(module).__name__ for module in built.network.modules())
     ):
         log.warning(
-            "Muon rescales the weights of convolutions, which only a normalisation behind them undoes: here is none."
+            "Muon rescales the weights of convolutions, which only a normalisation behind them undoes: this network has none."
         )
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         network = _copy(cfg, built)
