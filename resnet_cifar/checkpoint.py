@@ -157,8 +157,9 @@ def _storage_error(error: OSError, folder: Path, size: int) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         needed, there = f"a checkpoint needs {size / 1e6:.1f} MB", folder if folder.exists() else folder.parent
         kept = "; the last good checkpoint is still there" if exists(folder) else ""
-        said = f"The disk is full: {needed}, {shutil.disk_usage(there).free / 1e6:.1f} MB are free in {there}."
         if error.errno == errno.EDQUOT:  # what is free on the disk is not free for this user
             said = f"Your quota is used up: {needed} in {there}."
+        else:
+            said = f"The disk is full: {needed}, {shutil.disk_usage(there).free / 1e6:.1f} MB are free in {there}."
         return StorageError(f"{said}\nFree some space{kept}.")
     return StorageError(f"The checkpoint folder {folder} cannot be written: {error.strerror or error}.")

@@ -20,7 +20,7 @@ from resnet_cifar.errors import ConfigError
 from resnet_cifar.fingerprint import config_hash, sweep_id
 from resnet_cifar.hydra_setup import started_hydra, without_hydra
 from resnet_cifar.passwords import has_password, is_secret
-from resnet_cifar.suggestions import did_you_mean
+from resnet_cifar.suggestions import did_you_mean, overridden
 
 HYDRA_FILE = Path(".hydra", "hydra.yaml")  # in a run's folder: how Hydra was called
 SWEEP_ID = "SWEEP_ID"  # in hydra.sweep.dir it stands for the hash that is known when all jobs are
@@ -153,7 +153,7 @@ def _composition(hydra: Hydra, arguments: argparse.Namespace) -> Composition:
 
 def _check_hydra(cfg: DictConfig, arguments: argparse.Namespace, mode: RunMode) -> None:
     """Raise ConfigError for keys of Hydra's own that would do nothing here, or harm a run."""
-    keys = [override.lstrip("+").partition("=")[0] for override in arguments.overrides]
+    keys = overridden(arguments.overrides)
     shown_only = arguments.cfg or arguments.info or arguments.help
     for key in keys if not shown_only else ():
         if mode == RunMode.RUN and key.startswith(

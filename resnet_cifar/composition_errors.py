@@ -20,11 +20,8 @@ from resnet_cifar.suggestions import closest, did_you_mean, dotted, keys, quoted
 # The plugins' launchers behind our presets, and the extra that installs each.
 LAUNCHER_EXTRAS = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "cluster"}
 
-OPEN = (
-    "hydra.job.env_set.",
-    "hydra.callbacks.",
-    "hydra.sweeper.params.",
-)  # sections of Hydra's own for entries of the user's
+# Sections of Hydra's own for entries of the user's.
+OPEN = ("hydra.job.env_set.", "hydra.callbacks.", "hydra.sweeper.params.")
 
 # What Hydra, OmegaConf and YAML raise for files and values of a user's; the last four where Hydra did not expect them.
 COMPOSITION_ERRORS = (

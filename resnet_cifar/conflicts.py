@@ -1,7 +1,9 @@
 """Values that are right one by one and cannot be run together, or that a command gives where they would do nothing."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from resnet_cifar.suggestions import overridden
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 SERVERS = ("http", "https")
@@ -21,24 +23,22 @@ def conflicts(cfg: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
     yield from _tracking(cfg["tracking"])
 
 
-def idle(jobs: Sequence[tuple[dict[str, Any], Sequence[str]]]) -> Iterator[str]:
+def idle(jobs: Sequence[tuple[Mapping[str, Any], Sequence[str]]]) -> Iterator[str]:
     """One sentence for each key that was given and that none of a command's jobs, configuration and overrides, has a use for."""
     given = [override for _, overrides in jobs for override in overrides]
-    searched = any(
-        cfg["task"] == "find_lr" or (cfg["task"] == "train" and cfg["scheduler"].get("max_lr") == "find")
-        for cfg, _ in jobs
-    )
+    searched = any(_searches(cfg) for cfg, _ in jobs)
     # Of the jobs that a sweeper of another kind makes up only what they have in common is known.
     may_search = any(
         "find" in override for override in given if override.lstrip("+").startswith(("scheduler.max_lr=", "task="))
     )
-    for key in dict.fromkeys(_keys(given)):
+    for key in dict.fromkeys(overridden(given)):
         if key.startswith("lr_finder.") and not searched and not may_search:
             yield f"{key} would do nothing: it is for task=find_lr, or a training with scheduler.max_lr=find"
 
 
-def _keys(overrides: Sequence[str]) -> list[str]:
-    return [override.lstrip("+").partition("=")[0] for override in overrides]
+def _searches(cfg: Mapping[str, Any]) -> bool:
+    """Whether the LR finder runs."""
+    return cfg["task"] == "find_lr" or (cfg["task"] == "train" and cfg["scheduler"].get("max_lr") == "find")
 
 
 def _task(cfg: dict[str, Any]) -> Iterator[str]:
@@ -93,7 +93,7 @@ def _data(cfg: dict[str, Any]) -> Iterator[str]:
 def _learning_rate(cfg: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
     start, end = cfg["optimizer"]["lr"], cfg["lr_finder"]["end_lr"]
     max_lr = cfg["scheduler"].get("max_lr")
-    searched = cfg["task"] == "find_lr" or (cfg["task"] == "train" and max_lr == "find")
+    searched = _searches(cfg)
     if searched and end <= start:
         yield (
             f"lr_finder.end_lr={end} should be above optimizer.lr={start}, where the LR finder starts;\n"
@@ -101,7 +101,7 @@ def _learning_rate(cfg: dict[str, Any], overrides: Sequence[str]) -> Iterator[st
         )
     if searched and cfg["param_groups"]["norm_bias_lr_factor"] != 1:
         yield "param_groups.norm_bias_lr_factor would do nothing in the LR finder: give scheduler.max_lr as a number"
-    given = _keys(overrides)
+    given = overridden(overrides)
     if cfg["task"] == "train" and isinstance(max_lr, int | float) and "optimizer.lr" in given:
         yield (
             f"optimizer.lr={start} would do nothing beside scheduler.max_lr={max_lr}: the one-cycle schedule overwrites it;\n"

@@ -15,6 +15,7 @@ from resnet_cifar.loop import Evaluation, evaluate
 from resnet_cifar.parts import Parts, build_parts
 from resnet_cifar.recording import Invocation, recorded
 from resnet_cifar.run_folder import find_run
+from resnet_cifar.suggestions import overridden
 from resnet_cifar.tracked_run import Run
 
 log = logging.getLogger(__name__)
@@ -80,8 +81,7 @@ def with_checkpoint(cfg: DictConfig, overrides: tuple[str, ...]) -> tuple[DictCo
     except OSError as error:  # another user's
         raise CheckpointError(f"checkpoint={given} cannot be read: {error.strerror}.") from error
     saved, cfg = OmegaConf.create(state["config"]), cfg.copy()
-    typed = [override.lstrip("+").partition("=")[0] for override in overrides]
-    taken_out = [key.removeprefix("~") for key in typed if key.startswith("~")]
+    typed = overridden(overrides)
     if "model" in typed:  # the layers to look at come with it
         saved.explain.layers = cfg.explain.layers
     for section in ("model", "data", "augmentation", "explain.layers"):
@@ -90,10 +90,11 @@ def with_checkpoint(cfg: DictConfig, overrides: tuple[str, ...]) -> tuple[DictCo
             if key.startswith(f"{section}."):
                 value = OmegaConf.select(cfg, key)
                 OmegaConf.update(chosen, key.removeprefix(f"{section}."), value, force_add=True)
-        for key in taken_out:
-            if key.startswith(f"{section}.") and OmegaConf.select(chosen, key.removeprefix(f"{section}.")) is not None:
-                where, _, name = key.removeprefix(f"{section}.").rpartition(".")
-                del (OmegaConf.select(chosen, where) if where else chosen)[name]
+            elif key.startswith(f"~{section}."):
+                where, _, name = key.removeprefix(f"~{section}.").rpartition(".")
+                holder = OmegaConf.select(chosen, where) if where else chosen
+                if holder is not None and name in holder and holder[name] is not None:
+                    del holder[name]
         OmegaConf.update(cfg, section, chosen, merge=False)
     if "data.root" in typed and "data.dataset.root" not in typed and "root" in cfg.data.dataset:
         cfg.data.dataset.root = cfg.data.root

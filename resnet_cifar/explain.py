@@ -130,11 +130,7 @@ def _load_picture(path: Path, size: int) -> np.ndarray:
         if picture.mode.startswith("I;16") or (picture.mode == "I" and opened.format in ("PNG", "PPM")):
             # 16 bits of grey, which convert() would clip to white
             picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
-        elif picture.mode in (
-            "I",
-            "F",
-            "LAB",
-        ):  # from what to what its values go is not said, or Pillow cannot convert them
+        elif picture.mode in ("I", "F", "LAB"):  # their white is not known, or Pillow cannot convert them
             raise ValueError(
                 f"its pixels are of Pillow's mode {picture.mode}: save it with 8 or 16 bits for each colour"
             )

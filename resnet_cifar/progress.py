@@ -104,10 +104,10 @@ class ProgressDisplay:
         if self.steps_timed < min(STEPS_BEFORE_ESTIMATE, self.steps_per_epoch - 1):
             self.steps_timed = -1
         log.info(
-            "epoch %s  lr %.6f  train %6.3f %6.2f%%  %s %6.3f %6.2f%%  %3.*f s",
+            "epoch %s  lr %.6f  train %6.3f %6.2f%%  %s %6.3f %6.2f%%  %3s s",
             *(self._of_epochs(record.epoch), record.lr, record.train_loss, record.train_accuracy),
             *(self.evaluated_on, record.eval_loss, record.eval_accuracy),
-            *(int(record.epoch_seconds < 9.95), record.epoch_seconds),
+            _seconds(record.epoch_seconds),
         )
 
     def close(self) -> None:
@@ -155,5 +155,9 @@ def shown_uri(text: str) -> str:
 def duration(seconds: float) -> str:
     """Seconds in the unit that a reader would choose: `3.4 s`, `45 s`, `3 min`, `3.5 hours`."""
     if seconds < 90:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+        return f"{_seconds(seconds)} s"
     return f"{seconds / 60:.0f} min" if seconds < 2 * HOUR else f"{seconds / HOUR:.1f} hours"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f}" if seconds < 9.95 else f"{seconds:.0f}"

@@ -219,7 +219,7 @@ def check_jobs(jobs: Sequence[tuple[DictConfig, Sequence[str]]]) -> None:
     """Raise ConfigError for a job that cannot be run, or a key that was given and none of them has a use for."""
     for cfg, overrides in jobs:
         check(cfg, overrides)
-    for problem in idle([(resolved(cfg), overrides) for cfg, overrides in jobs]):
+    for problem in idle(jobs):
         raise ConfigError(problem)
 
 

@@ -15,6 +15,11 @@ def keys(container: Mapping[str, Any], parent: str = "") -> Iterator[str]:
             yield from keys(value, f"{parent}{name}.")
 
 
+def overridden(overrides: Iterable[str]) -> list[str]:
+    """The key of each override as typed, `trainer.epochs` for `++trainer.epochs=3`; a deletion keeps its ~."""
+    return [override.lstrip("+").partition("=")[0] for override in overrides]
+
+
 def dotted(key: str) -> str:
     """A key as Hydra writes it: a place in a list after a dot, `transforms.0` for `transforms[0]`."""
     return re.sub(r"\[(\d+)\]", r".\1", key)

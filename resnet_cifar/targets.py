@@ -69,7 +69,7 @@ def check_arguments(node: DictConfig, *supplied: str) -> None:
             unknown = [key for key in keywords if key not in signature.parameters]
             hint = did_you_mean(unknown[0], signature.parameters) if unknown else ""
             if unknown and not hint and number == 0 and unknown[0] not in supplied:
-                hint = f"; take it out: ~{dotted(node._get_full_key(unknown[0]))}"
+                hint = _take_out(node, unknown[0])
             raise ConfigError(f"{target.__name__}() {error}{hint} (_target_: {arguments['_target_']})") from error
 
 
@@ -88,9 +88,13 @@ def instantiate(node: DictConfig, **supplied: Any) -> Any:
         if isinstance(cause, TypeError | ValueError | InstantiationException):
             refused = re.search(r"unexpected keyword argument '(\w+)'$", str(cause))  # by what **kwargs went on to
             key = refused[1] if refused else ""
-            hint = f"; take it out: ~{dotted(node._get_full_key(key))}" if key in node and key not in supplied else ""
+            hint = _take_out(node, key) if key in node and key not in supplied else ""
             raise ConfigError(f"{node['_target_'].rpartition('.')[2]}() cannot be built: {cause}{hint}") from error
         raise cause from None
+
+
+def _take_out(node: DictConfig, key: str) -> str:
+    return f"; take it out: ~{dotted(node._get_full_key(key))}"
 
 
 def target_nodes(container: Any) -> Iterator[Mapping]:
