@@ -119,7 +119,7 @@ def _start(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, str
     params = {} if invocation.recorded else compared_params(cfg, invocation)
     tags = {
         "task": cfg.task,
-        "overrides": " ".join(invocation.overrides) or "none",
+        "overrides": shlex.join(invocation.overrides) or "none",
         **invocation.tags,
         # A later commit or another machine trained its later part only.
         **{f"resumed.{name}" if invocation.recorded else name: value for name, value in provenance.items()},

@@ -91,7 +91,7 @@ def test_nothing_that_speaks_for_the_class_gives_zeros(model, images):
     assert heat_maps[1].any()
 
 
-def test_it_leaves_no_trace(model, images):
+def test_grad_cam_leaves_no_trace(model, images):
     model.train()
     model.layer_2.eval()
     model.prep_layer.requires_grad_(False)

@@ -42,7 +42,7 @@ def refusal(*overrides):
         "scheduler=constant",
     ],
 )
-def test_accepts(override):
+def test_valid_values_pass(override):
     assert problem(override) == ""
 
 

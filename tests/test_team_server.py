@@ -3,11 +3,9 @@
 import os
 import pwd
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 import requests
 from mlflow import MlflowClient
 from processes import REPOSITORY, tiny
+from servers import free_port, is_up, wait_for
 
 from resnet_cifar import tracked_run, tracking
 from resnet_cifar.errors import StorageError
@@ -90,12 +89,6 @@ class TeamServer:
     client: MlflowClient
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def server(commands, tmp_path_factory):
     pytest.importorskip("psycopg2", reason="pip install 'resnet-cifar[server]'")
@@ -135,8 +128,8 @@ def mlflow_server(postgres: Postgres, folder: Path):
             command, cwd=folder, env=environment, stdout=printed, stderr=printed, start_new_session=True
         )
     try:
-        wait_for(lambda: process.poll() is not None or is_up(uri), 120)
-        assert is_up(uri), (folder / "printed").read_text()
+        wait_for(lambda: process.poll() is not None or is_up(f"{uri}/health"), 120)
+        assert is_up(f"{uri}/health"), (folder / "printed").read_text()
         user = {"username": "team", "password": PASSWORD}
         made = requests.post(f"{uri}/{CREATE_USER}", json=user, auth=("admin", ADMIN_PASSWORD), timeout=30)
         made.raise_for_status()
@@ -144,20 +137,6 @@ def mlflow_server(postgres: Postgres, folder: Path):
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # its workers too; a polite stop takes seconds
         process.wait(30)
-
-
-def is_up(uri: str) -> bool:
-    try:
-        return requests.get(f"{uri}/health", timeout=5).ok
-    except requests.ConnectionError:
-        return False
-
-
-def wait_for(condition, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.1)
-    assert condition()
 
 
 def start(uri: str, folder: Path, name: str) -> tracked_run.Run:

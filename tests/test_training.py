@@ -35,7 +35,7 @@ def linear(outputs):
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, outputs))
 
 
-def test_it_leaves_no_trace():
+def test_the_rehearsal_leaves_no_trace():
     cfg, built = prepared()
     before, state = torch.get_rng_state(), {name: value.clone() for name, value in built.network.state_dict().items()}
     with_dropout = dataclasses.replace(built, network=nn.Sequential(nn.Dropout(), built.network))

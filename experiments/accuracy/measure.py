@@ -185,9 +185,9 @@ def result(folder: Path) -> dict[str, object]:
         "device": f"{tags['device_name']}, {tags['threads']} threads",
         "precision": tags["precision"],
         # The second of a run that went on under another one.
-        "commit": " ".join(filter(None, map(tags.get, ("git_commit", "resumed.git_commit")))),
+        "commit": " ".join(dict.fromkeys(filter(None, map(tags.get, ("git_commit", "resumed.git_commit"))))),
         "date": date.today().isoformat(),
-        "overrides": " ".join(word for word in tags["overrides"].split() if not word.startswith(ELSEWHERE)),
+        "overrides": shlex.join(word for word in shlex.split(tags["overrides"]) if not word.startswith(ELSEWHERE)),
     }
 
 

@@ -347,7 +347,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data": lambda: (
             row("data", *entry) for entry in data_path.measure(arguments.data_root, arguments.repeats, device)
         ),
-        "run": lambda: (row("run", *entry) for entry in run_around.measure(arguments.data_root, arguments.repeats)),
+        "run": lambda: (
+            row("run", *entry) for entry in run_around.measure(arguments.data_root, arguments.repeats, device)
+        ),
         "cost": lambda: (
             row("cost", *entry)
             for entry in cost.measure(

@@ -25,10 +25,11 @@ BATCH = 512
 FIGURES = ("loss_and_accuracy", "lr_history", "confusion_matrix", "misclassified_images")
 
 
-def measure(data_root: str, repeats: int) -> Iterator[Entry]:
+def measure(data_root: str, repeats: int, device: torch.device) -> Iterator[Entry]:
     """Seconds of each part of a run, `repeats` times; a run with a new database comes first and is not counted."""
-    small = (f"data.root={Path(data_root).resolve()}", "model.width=0.125", "trainer.epochs=1", "scheduler=constant")
-    arguments = [*small, f"data.train_size={BATCH}", f"data.batch_size={BATCH}"]
+    small = ("model.width=0.125", "trainer.epochs=1", "scheduler=constant", f"trainer.device={device}")
+    images = (f"data.root={Path(data_root).resolve()}", f"data.train_size={BATCH}", f"data.batch_size={BATCH}")
+    arguments = [*small, *images]
     with tempfile.TemporaryDirectory() as folder:
         arguments.append(f"output_dir={folder}")
         yield "first run, with a new MLflow database, in all", run(arguments), "s", ""
