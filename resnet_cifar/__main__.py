@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -22,6 +23,7 @@ from resnet_cifar.errors import ConfigError, StorageError, UserError
 from resnet_cifar.hydra_setup import CONF, VERSION_BASE
 from resnet_cifar.run_folder import check_unused
 from resnet_cifar.signals import STOPPED
+from resnet_cifar.suggestions import overridden
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # the shell's: 128 and the number of the signal
 TRACEBACK = "RESNET_CIFAR_TRACEBACK"  # what HYDRA_FULL_ERROR was when the process started
@@ -66,7 +68,7 @@ def go_on(argv: list[str]) -> None:
     sys.argv[1:] = continued
 
 
-def check_command_line(argv: list[str]) -> Composition | None:
+def check_command_line(argv: Sequence[str]) -> Composition | None:
     """What the command line is going to run, if it runs something.
 
     Raises ConfigError for what cannot be run, before Hydra, the data or the tracking see anything of it.
@@ -84,7 +86,7 @@ def check_command_line(argv: list[str]) -> Composition | None:
         if composition.sweep is None and (cfg.sweep.dry_run or cfg.sweep.rerun == "all"):
             key = "dry_run=true" if cfg.sweep.dry_run else "rerun=all"
             raise ConfigError(f"sweep.{key} would do nothing for a single run: give it with -m")
-        if cfg.resume is not None and not any(override.lstrip("+").startswith("resume=") for override in overrides):
+        if cfg.resume is not None and "resume" not in overridden(overrides):
             raise ConfigError("resume in a YAML file would continue nothing: give it on the command line alone")
         if cfg.resume is None and composition.folder is not None:
             check_unused(composition.folder)  # before Hydra writes into it

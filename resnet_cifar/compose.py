@@ -129,7 +129,8 @@ def _composition(hydra: Hydra, arguments: argparse.Namespace) -> Composition:
     mode = RunMode.MULTIRUN if arguments.multirun else cfg.hydra.mode or RunMode.RUN
     loader.validate_sweep_overrides_legal(given, mode, from_shell=True)
     _check_hydra(cfg, arguments, mode)
-    overrides = _as_written(cfg)
+    # Iterated over, the list would resolve an override's ${...}.
+    overrides = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
     if mode == RunMode.RUN:
         folder = None
         with suppress(OmegaConfBaseException):
@@ -193,8 +194,3 @@ def _with_sweep(jobs: Jobs, overrides: list[str], known: bool) -> Composition:
         folders.append(folder / str(cfg.hydra.sweep.subdir))
     data_sets = tuple(cfg.hydra.runtime.choices.get("data") for cfg in launched)
     return Composition(composed, Sweep(name, folder, composed, data_sets, tuple(folders)))
-
-
-def _as_written(cfg: DictConfig) -> list[str]:
-    # Iterated over, the list would resolve an override's ${...}.
-    return OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)

@@ -165,4 +165,4 @@ def _group_choices_alone(arguments: argparse.Namespace) -> DictConfig:
 
 
 def _groups() -> set[str]:
-    return {path.name for path in CONF.iterdir() if path.is_dir()}
+    return {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra"}

@@ -10,30 +10,54 @@ SERVERS = ("http", "https")
 FIRST_BETA = 0.9  # torch's: given beside it, the second one alone was meant
 
 
-def conflicts(cfg: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
-    """One sentence for each combination in a resolved configuration of right types that cannot be run.
-
-    `overrides` are the command line's, `key=value`: only what was given on purpose can be refused for doing nothing.
-    """
+def conflicts(cfg: dict[str, Any]) -> Iterator[str]:
+    """One sentence for each combination in a resolved configuration of right types that cannot be run."""
     yield from _task(cfg)
     yield from _devices(cfg)
     yield from _data(cfg)
-    yield from _learning_rate(cfg, overrides)
+    yield from _learning_rate(cfg)
     yield from _schedule(cfg["scheduler"])
     yield from _tracking(cfg["tracking"])
 
 
 def idle(jobs: Sequence[tuple[Mapping[str, Any], Sequence[str]]]) -> Iterator[str]:
     """One sentence for each key that was given and that none of a command's jobs, configuration and overrides, has a use for."""
-    given = [override for _, overrides in jobs for override in overrides]
-    searched = any(_searches(cfg) for cfg, _ in jobs)
+    first, *others = (dict(_unused(cfg, overrides)) for cfg, overrides in jobs)
+    for key, problem in first.items():
+        if all(key in other for other in others):
+            yield problem
+
+
+def _unused(cfg: Mapping[str, Any], overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The keys that a job was given on purpose and that do nothing in it, each with the sentence that says so."""
+    given, max_lr, optimizer = overridden(overrides), cfg["scheduler"].get("max_lr"), cfg["optimizer"]
     # Of the jobs that a sweeper of another kind makes up only what they have in common is known.
-    may_search = any(
-        "find" in override for override in given if override.lstrip("+").startswith(("scheduler.max_lr=", "task="))
+    may_search = _searches(cfg) or any(
+        "find" in override for override in overrides if override.lstrip("+").startswith(("scheduler.max_lr=", "task="))
     )
-    for key in dict.fromkeys(overridden(given)):
-        if key.startswith("lr_finder.") and not searched and not may_search:
-            yield f"{key} would do nothing: it is for task=find_lr, or a training with scheduler.max_lr=find"
+    for key in given:
+        if key.startswith("lr_finder.") and not may_search:
+            yield key, f"{key} would do nothing: it is for task=find_lr, or a training with scheduler.max_lr=find"
+    if cfg["task"] != "train":
+        return
+    if "optimizer.lr" in given and isinstance(max_lr, int | float) and not may_search:
+        yield (
+            "optimizer.lr",
+            f"optimizer.lr={optimizer['lr']} would do nothing beside scheduler.max_lr={max_lr}: "
+            "the one-cycle schedule overwrites it;\n"
+            "give scheduler.max_lr alone, or scheduler=constant with optimizer.lr",
+        )
+    overwritten = {}
+    if "optimizer.momentum" in given and "momentum" in optimizer:
+        overwritten["optimizer.momentum"] = f"optimizer.momentum={optimizer['momentum']}"
+    if (first_beta := optimizer.get("betas", [FIRST_BETA])[0]) != FIRST_BETA:
+        overwritten["optimizer.betas"] = f"the first of optimizer.betas, {first_beta},"
+    for key, momentum in overwritten.items() if cfg["scheduler"].get("cycle_momentum") else ():
+        yield (
+            key,
+            f"{momentum} would do nothing: the one-cycle schedule overwrites it;\n"
+            "give scheduler.cycle_momentum=false with it, or ++scheduler.base_momentum and max_momentum in its place",
+        )
 
 
 def _searches(cfg: Mapping[str, Any]) -> bool:
@@ -90,33 +114,17 @@ def _data(cfg: dict[str, Any]) -> Iterator[str]:
         yield f"{flips[0].rpartition('.')[2]} makes other signs of digits: give augmentation=crop_cutout beside data=digits"
 
 
-def _learning_rate(cfg: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
+def _learning_rate(cfg: dict[str, Any]) -> Iterator[str]:
+    if not _searches(cfg):
+        return
     start, end = cfg["optimizer"]["lr"], cfg["lr_finder"]["end_lr"]
-    max_lr = cfg["scheduler"].get("max_lr")
-    searched = _searches(cfg)
-    if searched and end <= start:
+    if end <= start:
         yield (
             f"lr_finder.end_lr={end} should be above optimizer.lr={start}, where the LR finder starts;\n"
             "to train without a search give the peak: scheduler.max_lr"
         )
-    if searched and cfg["param_groups"]["norm_bias_lr_factor"] != 1:
+    if cfg["param_groups"]["norm_bias_lr_factor"] != 1:
         yield "param_groups.norm_bias_lr_factor would do nothing in the LR finder: give scheduler.max_lr as a number"
-    given = overridden(overrides)
-    if cfg["task"] == "train" and isinstance(max_lr, int | float) and "optimizer.lr" in given:
-        yield (
-            f"optimizer.lr={start} would do nothing beside scheduler.max_lr={max_lr}: the one-cycle schedule overwrites it;\n"
-            "give scheduler.max_lr alone, or scheduler=constant with optimizer.lr"
-        )
-    overwritten = []
-    if "optimizer.momentum" in given:
-        overwritten.append(f"optimizer.momentum={cfg['optimizer']['momentum']}")
-    if (first_beta := cfg["optimizer"].get("betas", [FIRST_BETA])[0]) != FIRST_BETA:
-        overwritten.append(f"the first of optimizer.betas, {first_beta},")
-    for momentum in overwritten if cfg["task"] == "train" and cfg["scheduler"].get("cycle_momentum") else ():
-        yield (
-            f"{momentum} would do nothing: the one-cycle schedule overwrites it;\n"
-            "give scheduler.cycle_momentum=false with it, or ++scheduler.base_momentum and max_momentum in its place"
-        )
 
 
 def _schedule(scheduler: dict[str, Any]) -> Iterator[str]:

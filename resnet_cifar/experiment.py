@@ -25,6 +25,7 @@ from resnet_cifar.progress import ProgressDisplay
 from resnet_cifar.recording import Invocation, epoch_metrics, failure, log_range_test, recorded
 from resnet_cifar.run_folder import STATUS, check_unused, is_stopped, run_id, status
 from resnet_cifar.signals import StopRequest, do_nothing, stop_requests
+from resnet_cifar.suggestions import overridden
 from resnet_cifar.sync import sync_all
 from resnet_cifar.tables import TrainingTables, cut_tables, read_csv
 from resnet_cifar.tracked_run import Run
@@ -59,8 +60,8 @@ def asked_for(cfg: DictConfig) -> tuple[DictConfig, Invocation]:
     overrides = tuple(OmegaConf.to_container(hydra.overrides.task, resolve=False))
     # Ray starts a job anew whose process was killed: what the sweep planned to run has been on its way by then.
     if cfg.resume is not None or (job is not None and is_stopped(folder, cfg)):
-        root, uri = (cfg.data.root if _typed("data.root", overrides) else None), _typed_uri(cfg, overrides)
-        cfg, invocation = resume.saved_run(folder, root, uri)
+        root = cfg.data.root if "data.root" in overridden(overrides) else None
+        cfg, invocation = resume.saved_run(folder, root, _typed_uri(cfg, overrides))
     else:
         preset = set_by_presets(hydra.runtime, overrides)
         invocation = Invocation(folder, overrides, dict(hydra.runtime.choices), preset=preset)
@@ -75,12 +76,8 @@ def asked_for(cfg: DictConfig) -> tuple[DictConfig, Invocation]:
     )
 
 
-def _typed(key: str, overrides: tuple[str, ...]) -> bool:
-    return any(override.lstrip("+").startswith(f"{key}=") for override in overrides)
-
-
 def _typed_uri(cfg: DictConfig, overrides: tuple[str, ...]) -> str | None:
-    return cfg.tracking.uri if _typed("tracking.uri", overrides) else None
+    return cfg.tracking.uri if "tracking.uri" in overridden(overrides) else None
 
 
 def train(cfg: DictConfig, invocation: Invocation) -> float:

@@ -34,22 +34,8 @@ def outputs() -> str:
 
 def presets() -> str:
     """The `${presets:}` of the help text: a line for each experiment/*.yaml, the first of its header; `--config-dir`'s too."""
-    return _presets(_sources())
-
-
-def groups() -> str:
-    """The `${groups:}` of the help text: the options of each group but the presets, those of `--config-dir` among them."""
-    return _groups(_sources())
-
-
-def _sources() -> tuple[tuple[str, str], ...]:
-    return tuple((source.scheme(), source.path) for source in GlobalHydra.instance().config_loader().get_sources())
-
-
-# Cached, since every composition resolves the help text: each job of a sweep is one.
-@functools.cache
-def _presets(sources: tuple[tuple[str, str], ...]) -> str:
-    folders = [Path(path, "experiment") for scheme, path in sources if scheme == "file"]
+    sources = GlobalHydra.instance().config_loader().get_sources()
+    folders = [Path(source.path, "experiment") for source in sources if source.scheme() == "file"]
     paths = {path.stem: path for folder in reversed(folders) for path in folder.glob("*.yaml")}  # the first one counts
     lines = []
     for _, path in sorted(paths.items()):
@@ -59,8 +45,14 @@ def _presets(sources: tuple[tuple[str, str], ...]) -> str:
     return "\n".join(lines)
 
 
+def groups() -> str:
+    """The `${groups:}` of the help text: the options of each group but the presets, those of `--config-dir` among them."""
+    return _groups(tuple(source.path for source in GlobalHydra.instance().config_loader().get_sources()))
+
+
+# Cached, since every composition resolves the help text, each job of a sweep is one, and looking takes a tenth of a second.
 @functools.cache
-def _groups(sources: tuple[tuple[str, str], ...]) -> str:
+def _groups(sources: tuple[str, ...]) -> str:
     loader, lines = GlobalHydra.instance().config_loader(), []
     for group in sorted(set(loader.list_groups("")) - {"experiment", "hydra"}):
         lines += _in_columns(group, ", ".join(sorted(loader.get_group_options(group))))
@@ -89,7 +81,8 @@ def _keys_of(preset: str, folders: Sequence[Path], seen: set[str]) -> Iterator[s
     seen.add(preset)
     option = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     for entry in option.pop("defaults", []):
-        name = entry.partition("@")[0] if isinstance(entry, str) else "_self_"
+        group, option_of_it = (entry, "") if isinstance(entry, str) else next(iter(entry.items()))
+        name = group.partition("@")[0] + (f"/{option_of_it}" if option_of_it else "")
         if name.startswith("/experiment/"):  # another preset, which this one changes
             yield from _keys_of(name.removeprefix("/experiment/"), folders, seen)
         elif not name.startswith("/") and name != "_self_":  # one in the same folder

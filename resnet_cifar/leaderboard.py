@@ -22,10 +22,10 @@ SEED = "seed"
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a job; accuracy in %, loss as mean per image, seconds of training and evaluation, all of the last epoch.
+    """What became of a job; accuracy (%) and loss (mean per image) of the last epoch, seconds of all epochs.
 
-    A job that trained nothing has no history, loss and seconds; its accuracy is the one on the test images, if any. The learning
-    rate found is that of `task=find_lr`, whose only result it is.
+    One that is not FINISHED has none of them, and no history. Nor has one that trained nothing, but for the accuracy, which is
+    that on the test images, if any. The learning rate found is that of `task=find_lr`, whose only result it is.
     """
 
     name: str
@@ -49,12 +49,11 @@ def results(plan: Plan) -> list[Result]:
 
 def _result(name: str, values: dict[str, str], folder: Path, skipped: bool) -> Result:
     word, error = status(folder)
-    history = read_csv(folder / "history.csv") if (folder / "history.csv").exists() else []
     # What was skipped is finished by the store's word; a copy from there has no status.
     word = "FINISHED" if skipped else word or "UNFINISHED"
     finished = word == "FINISHED"
-    trained = finished and bool(history)
-    held_out = trained and (folder / "config.yaml").exists() and OmegaConf.load(folder / "config.yaml").data.val_size
+    history = read_csv(folder / "history.csv") if finished and (folder / "history.csv").exists() else []
+    held_out = history and (folder / "config.yaml").exists() and OmegaConf.load(folder / "config.yaml").data.val_size
     test_accuracy = _test_accuracy(folder) if finished else None
     return Result(
         name=name,
@@ -63,10 +62,10 @@ def _result(name: str, values: dict[str, str], folder: Path, skipped: bool) -> R
         status=word,
         error="" if finished else " ".join(error.split()),
         evaluated_on="val" if held_out else "test",
-        accuracy=history[-1]["eval_accuracy"] if trained else test_accuracy,
-        loss=history[-1]["eval_loss"] if trained else None,
+        accuracy=history[-1]["eval_accuracy"] if history else test_accuracy,
+        loss=history[-1]["eval_loss"] if history else None,
         test_accuracy=test_accuracy,
-        seconds=sum(row["epoch_seconds"] for row in history) if trained else None,
+        seconds=sum(row["epoch_seconds"] for row in history) if history else None,
         history=history,
         found_lr=_found_lr(folder) if finished and not history else None,
     )

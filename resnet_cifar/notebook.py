@@ -4,12 +4,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from resnet_cifar import schema
-from resnet_cifar.compose import compose, parse_arguments, start_job
+from resnet_cifar.__main__ import check_command_line
+from resnet_cifar.compose import start_job
 from resnet_cifar.errors import ConfigError
 from resnet_cifar.experiment import asked_for
 from resnet_cifar.recording import Invocation
-from resnet_cifar.run_folder import check_unused
 
 
 def begin(*overrides: str) -> tuple[DictConfig, Invocation]:
@@ -17,17 +16,14 @@ def begin(*overrides: str) -> tuple[DictConfig, Invocation]:
 
     Raises ConfigError for what cannot be run, StorageError for a folder that holds a run, before anything is written.
     """
-    composition = compose(parse_arguments(overrides))
-    if composition.sweep is not None:
+    composition = check_command_line(overrides)
+    if composition is None or composition.sweep is not None:
         raise ConfigError("A notebook trains one run: give sweeps to python run.py")
-    schema.check_jobs(composition.jobs)
     for cfg, _ in composition.jobs:
         if cfg.task != "train" or cfg.resume is not None:
             raise ConfigError("A notebook trains from the beginning: give other tasks and resume to python run.py")
         if cfg.trainer.devices > 1:
             raise ConfigError("trainer.devices: a notebook trains in its own process; give more to python run.py")
-        if composition.folder is not None:
-            check_unused(composition.folder)
     return start_job(overrides, asked_for)
 
 

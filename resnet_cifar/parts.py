@@ -114,17 +114,11 @@ def choose_precision(name: str, device: torch.device) -> str:
     """`fp32` or `bf16`; `auto` is bf16 where the hardware computes in it: without its instructions a CPU only gets slower."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device.type == "cpu" and any(has_bf16_instructions())
+    else:  # the instruction sets that multiply bf16 matrices
+        native = device.type == "cpu" and any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16")))
     if name == "bf16" and not native:
         log.warning("trainer.precision=bf16: this %s has no bf16 instructions, fp32 would be faster.", device.type)
     return ("bf16" if native else "fp32") if name == "auto" else name
-
-
-def has_bf16_instructions() -> list[bool]:
-    """Whether the CPU has each of the instruction sets that multiply bf16 matrices."""
-    capabilities = torch.cpu.get_capabilities()
-    return [bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16")]
 
 
 def check_targets(cfg: DictConfig) -> None:

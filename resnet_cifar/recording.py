@@ -140,8 +140,7 @@ def _start(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, str
 def _end(folder: Path, tracked_run: Run, status: str, note: str | None) -> None:
     for pattern in FILES:
         for path in sorted(folder.glob(pattern)):
-            parent = path.parent.relative_to(folder).as_posix()
-            tracked_run.log_file(path, None if parent == "." else parent)
+            tracked_run.log_file(path)
     try:
         write_whole(folder / STATUS, f"{status}\n" + (f"{note}\n" if note else ""))
     except OSError as error:

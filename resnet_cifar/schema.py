@@ -217,21 +217,18 @@ class Config(TypedDict):
 
 def check_jobs(jobs: Sequence[tuple[DictConfig, Sequence[str]]]) -> None:
     """Raise ConfigError for a job that cannot be run, or a key that was given and none of them has a use for."""
-    for cfg, overrides in jobs:
-        check(cfg, overrides)
+    for cfg, _ in jobs:
+        check(cfg)
     for problem in idle(jobs):
         raise ConfigError(problem)
 
 
-def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
-    """Raise ConfigError, in at most three lines, for a value, key or combination that cannot be run.
-
-    `overrides` are the command line's, which alone say what was given on purpose.
-    """
+def check(cfg: DictConfig) -> None:
+    """Raise ConfigError, in at most three lines, for a value, key or combination that cannot be run."""
     container = resolved(cfg)
     written = without_environment(cfg)
     # In this order, each only when the one before found nothing: a password is never quoted in another's message.
-    for problems in (_passwords(container), _violations(container, written), conflicts(container, overrides)):
+    for problems in (_passwords(container), _violations(container, written), conflicts(container)):
         lines = "\n".join(problems).splitlines()
         if lines:
             raise ConfigError("\n".join(lines if len(lines) <= 3 else [*lines[:2], f"and {len(lines) - 2} more"]))

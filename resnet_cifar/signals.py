@@ -4,8 +4,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 # The shell's, 128 and the number of the signal: of SIGHUP, SIGINT and SIGTERM. What ends with one was stopped and did not fail.
 STOPPED = (129, 130, 143)
@@ -30,6 +31,20 @@ def ending_signals() -> list[signal.Signals]:
 
 
 @contextmanager
+def _handled(handler: Callable[[int, Any], object], *numbers: int) -> Iterator[None]:
+    """These signals go to `handler`; outside the main thread, where none arrive, do nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+@contextmanager
 def stop_requests(
     then: Callable[[int], None] = lambda number: None,
     repeated: Callable[[int, object], None] | signal.Handlers = signal.SIG_DFL,
@@ -38,39 +53,21 @@ def stop_requests(
 
     `then` is called with the first signal's number; `repeated` is what happens to those that follow it.
     """
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, *ending_signals())}
+    request, numbers = StopRequest(), (signal.SIGINT, *ending_signals())
 
     def remember(number: int, _frame: object) -> None:
         request.signal_number = number
-        for each in previous:
+        for each in numbers:
             signal.signal(each, repeated)
         then(number)
 
-    for number in previous:
-        signal.signal(number, remember)
-    try:
+    with _handled(remember, *numbers):
         yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
-@contextmanager
-def exit_on_ending_signals() -> Iterator[None]:
+def exit_on_ending_signals() -> AbstractContextManager[None]:
     """SIGTERM and SIGHUP raise SystemExit, as SIGINT raises KeyboardInterrupt, so that what is open is closed on the way out."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {number: signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in ending_signals()}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    return _handled(lambda number, _: sys.exit(128 + number), *ending_signals())
 
 
 def do_nothing(_number: int, _frame: object) -> None:
@@ -80,12 +77,5 @@ def do_nothing(_number: int, _frame: object) -> None:
 @contextmanager
 def ignored(*numbers: int) -> Iterator[None]:
     """These signals do nothing; outside the main thread, where none arrive, do nothing."""
-    if threading.current_thread() is not threading.main_thread():
+    with _handled(do_nothing, *numbers):
         yield
-        return
-    previous = {number: signal.signal(number, do_nothing) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -3,8 +3,9 @@
 import re
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from filelock import Timeout
 
@@ -17,23 +18,19 @@ DENIED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")  # ML
 
 def within(seconds: float, call: Callable[[], T]) -> T:
     """The result of `call`, or TimeoutError: names, proxies and drivers have time limits of their own, or none."""
-    outcome: list[Any] = []
+    outcome: Future[T] = Future()
 
     def work() -> None:
         try:
-            outcome.append((call(), None))
+            outcome.set_result(call())
         except Exception as error:
-            outcome.append((None, error))
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
+    threading.Thread(target=work, daemon=True).start()  # not an executor's, which Python would wait for at its end
+    wait([outcome], seconds)
+    if not outcome.done():
         raise TimeoutError(f"no answer in {seconds:.0f} seconds")
-    result, error = outcome[0]
-    if error:
-        raise error
-    return result
+    return outcome.result()
 
 
 @contextmanager

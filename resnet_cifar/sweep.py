@@ -69,8 +69,9 @@ def record_failure(cfg: DictConfig, error: BaseException, message: str) -> None:
     if status(Path(job.runtime.output_dir))[0] != "FAILED":
         from resnet_cifar import experiment, recording
 
-        # The error comes back out, and so does that of a store that cannot be used: the list below has the job anyway.
-        with contextlib.suppress(BaseException), recording.recorded(*experiment.asked_for(cfg), {}):
+        # The error comes back out, and so does that of a store that cannot be used: the list below has the job anyway. Ctrl-C
+        # meanwhile ends the sweep.
+        with contextlib.suppress(Exception, type(error)), recording.recorded(*experiment.asked_for(cfg), {}):
             raise error
     overrides = OmegaConf.to_container(job.overrides.task, resolve=False)
     with open(Path(job.sweep.dir) / FAILED, "a", encoding="utf-8") as failed:

@@ -1,6 +1,7 @@
 """A sweep before it runs: its jobs, what is to be done for each, their names, and room for those that run anew."""
 
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -150,10 +151,9 @@ def _hold(folder: Path) -> None:
 
 def _plan(argv: Sequence[str], sweep: Sweep, finished: dict[str, Path]) -> Plan:
     jobs, same_source = [], is_of_this_source(sweep.folder)
-    for number, values in enumerate(varied([overrides for _, overrides in sweep.jobs])):
-        if number == len(sweep.job_folders):
-            break
-        cfg, folder = sweep.jobs[number][0], sweep.job_folders[number]
+    values_of = varied([overrides for _, overrides in sweep.jobs])
+    planned = zip(sweep.jobs, values_of, sweep.job_folders, strict=False)  # jobs that are made up have no folders: none
+    for number, ((cfg, _), values, folder) in enumerate(planned):
         key = config_hash(cfg)
         goes_on = cfg.sweep.rerun != "all" and same_source and is_stopped(folder, cfg)
         action = SKIP if key in finished else RESUME if goes_on else RUN
@@ -210,6 +210,6 @@ def _set_aside(folder: Path) -> Path:
     Raises:
         StorageError: a process is working on it, a cluster's job say, whose sweep has ended.
     """
-    number = 1 + len(list(folder.parent.glob(f"{folder.name}_replaced_*")))
+    places = (folder.with_name(f"{folder.name}_replaced_{number}") for number in itertools.count(1))
     with only_process(folder):
-        return folder.rename(folder.with_name(f"{folder.name}_replaced_{number}"))
+        return folder.rename(next(place for place in places if not place.exists()))

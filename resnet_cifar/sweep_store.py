@@ -29,7 +29,6 @@ from resnet_cifar.tracked_run import TrackedRun, run_page
 if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
 
-SUMMARY_TASK = "sweep"  # the tag `task` of a summary run
 SUMMARY_TAG = "sweep_summary"  # holds the sweep's id there; `sweep` is for its jobs, so that a filter finds these alone
 # What a run's duration depends on, beside its number of epochs, among the parameters that every run has.
 SIZE = ("data", "data.train_size", "data.batch_size", "model.width")
@@ -52,6 +51,10 @@ def finished_runs(sweep: Sweep) -> dict[str, Path]:
         there = zip(hashes, sweep.job_folders, strict=False)
         return {key: folder for key, folder in there if has_finished(folder, key)}
     if sweep.folder.exists() and not settings.sweep.dry_run:
+        store = tracking.Store(settings.tracking.uri)
+        with user_errors(settings.tracking.uri), store.creation_lock():
+            # A server that does not answer is noticed here in seconds; each run with something to send would wait for it.
+            store.get_or_create_experiment(settings.tracking.experiment, settings.tracking.artifacts)
         try:
             sync_all(sweep.folder)
         except StorageError as error:
@@ -79,7 +82,7 @@ def _runs(settings: DictConfig, matching: str) -> Iterator["MlflowRun"]:
                     return
                 experiment_id = known.experiment_id
             else:
-                experiment_id = store.experiment_id(name, artifacts)
+                experiment_id = store.get_or_create_experiment(name, artifacts)
                 store.mark_dead_runs(experiment_id)
         token: str | None = ""
         while token is not None:
@@ -166,30 +169,19 @@ def run_id(folder: Path) -> str | None:
 
 def log_summary(cfg: DictConfig, sweep_id: str, name: str, note: str, folder: Path) -> TrackedRun:
     """The sweep's summary as one run, the same one again when the sweep goes on; returns it."""
-    known = _known_summary(cfg, sweep_id)
+    known = next(_runs(cfg, f"tags.{SUMMARY_TAG} = '{sweep_id}'"), None)
     summary = tracking.start(
         **{key: cfg.tracking[key] for key in ("uri", "artifacts", "experiment")},
         run_name=name,
         folder=folder,
         params={},
-        tags={"task": SUMMARY_TASK, SUMMARY_TAG: sweep_id, "source_hash": source_hash()},
+        tags={"task": "sweep", SUMMARY_TAG: sweep_id, "source_hash": source_hash()},
         run_id=known.info.run_id if known else None,
     )
     for path in sorted([*folder.glob("*.csv"), *folder.glob("*.md"), *folder.glob("figures/*.png")]):
-        summary.log_file(path, "figures" if path.suffix == ".png" else None)
+        summary.log_file(path)
     summary.finish("FINISHED", note)
     return summary
-
-
-def _known_summary(cfg: DictConfig, sweep_id: str) -> "MlflowRun | None":
-    """The summary run of an earlier end of this sweep; one from before `sweep_summary` has the tag `sweep`, and loses it."""
-    for run in _runs(cfg, f"tags.task = '{SUMMARY_TASK}'"):
-        if run.data.tags.get(SUMMARY_TAG) == sweep_id:
-            return run
-        if run.data.tags.get("sweep") == sweep_id:
-            tracking.Store(cfg.tracking.uri).client.delete_tag(run.info.run_id, "sweep")
-            return run
-    return None
 
 
 def where_to_look(uri: str, summary: TrackedRun, run_ids: Sequence[str]) -> list[str]:

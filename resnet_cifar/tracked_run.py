@@ -5,13 +5,13 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resnet_cifar.artifact_files import write_whole
 from resnet_cifar.console import setting
-from resnet_cifar.delivery import Journal, Lane, Record, reason
+from resnet_cifar.delivery import Journal, Lane, reason
 from resnet_cifar.hydra_setup import outputs
 from resnet_cifar.passwords import without_passwords
 
@@ -81,7 +81,7 @@ class Run:
         self._said["tags"] |= as_texts(tags)
         self._write()
 
-    def log_file(self, path: Path, artifact_path: str | None = None) -> None:
+    def log_file(self, path: Path) -> None:
         """A file, which lies in the folder already."""
 
     def log_model(self, model: "nn.Module", example: "np.ndarray", metadata: dict[str, Any]) -> None:
@@ -116,7 +116,8 @@ class TrackedRun(Run):
         self.run_id, self.experiment_id, self.url = run_id, experiment_id, store.url(experiment_id, run_id)
         self._store, self._journal, self._finished = store, journal, False
         # Of the run before it was resumed, which repeats what came after its last checkpoint.
-        self._known = {point for record in journal.records if record["run"] == run_id for point in _places(record)}
+        earlier = (record.get("points", ()) for record in journal.records if record["run"] == run_id)
+        self._known = {(key, step) for points in earlier for key, _, step in points}
         deliver = functools.partial(store.deliver, folder=journal.folder)
         # Files go their own way: a full artifact store or a long upload does not hold back metrics and status.
         self._records = Lane("tracking store", journal, deliver, in_order=True)
@@ -148,12 +149,10 @@ class TrackedRun(Run):
         super().set_tags(tags)
         self._send_values("tags", tags)
 
-    def log_file(self, path: Path, artifact_path: str | None = None) -> None:
-        """A file, which should be complete, into the folder `artifact_path` of the run's artifacts (None: the top)."""
-        # Relative where possible, so that a moved outputs folder can still be sent.
-        inside = path.resolve().is_relative_to(self._journal.folder.resolve())
-        known = path.resolve().relative_to(self._journal.folder.resolve()) if inside else path.resolve()
-        self._send(self._files, "file", path=known.as_posix(), artifact_path=artifact_path or "")
+    def log_file(self, path: Path) -> None:
+        """A file of the run's folder, which should be complete; it has the same place among the run's artifacts."""
+        # Relative, so that a moved outputs folder can still be sent.
+        self._send(self._files, "file", path=path.relative_to(self._journal.folder).as_posix())
 
     def log_model(self, model: "nn.Module", example: "np.ndarray", metadata: dict[str, Any]) -> None:
         """Exports `model` to the run folder's `model/` and logs it as the MLflow model `model`.
@@ -219,10 +218,6 @@ class TrackedRun(Run):
 def as_texts(values: Mapping[str, Any]) -> dict[str, str]:
     """Parameters or tags as they are written down: without passwords."""
     return {key: without_passwords(str(value)) for key, value in values.items()}
-
-
-def _places(record: Record) -> Iterator[tuple[str, int]]:
-    return ((key, step) for key, _, step in record.get("points", ()))
 
 
 def _plain(value: float) -> float | str:

@@ -75,7 +75,7 @@ def start(
     _import_mlflow()  # seconds, so before the lock
     try:
         with user_errors(uri), store.creation_lock():
-            experiment_id = store.experiment_id(experiment, artifacts)
+            experiment_id = store.get_or_create_experiment(experiment, artifacts)
             store.mark_dead_runs(experiment_id, but=run_id)
             if run_id is None:
                 name = without_passwords(run_name) if run_name else None
@@ -143,7 +143,7 @@ class Store:
                 connection.execute("ROLLBACK")
             yield
 
-    def experiment_id(self, name: str, artifacts: str | Path | None) -> str:
+    def get_or_create_experiment(self, name: str, artifacts: str | Path | None) -> str:
         """The experiment `name`, created if need be; `artifacts` is for the files of a new one in a database."""
         location = None if self._is_server else artifact_location(artifacts)
         patience = SERVER_SECONDS if self._is_server else DATABASE_SECONDS
@@ -209,15 +209,15 @@ class Store:
             else:
                 self.mark_killed(run)
                 log.warning(
-                    "The process of run %s (%s) is gone; the run is KILLED now. Continue it: python run.py resume=%s",
-                    *(run.info.run_name, run.info.run_id, _resumable(run)),
+                    "The process of run %s (%s) is gone; the run is KILLED now. Continue it: %s",
+                    *(run.info.run_name, run.info.run_id, _how_to_go_on(run)),
                 )
 
     def mark_killed(self, run: "MlflowRun") -> None:
         """Ends a run whose process is gone as KILLED and says in its note how to continue it."""
         if run.info.status != "RUNNING":
             return
-        said = f"The process ended without a word. Continue it: `python run.py resume={_resumable(run)}`"
+        said = f"The process ended without a word. Continue it: `{_how_to_go_on(run)}`"
         note = f"{run.data.tags.get(NOTE, '')}\n\n{said}".strip()
         self.client.set_tag(run.info.run_id, NOTE, note, synchronous=True)
         self.client.set_terminated(run.info.run_id, "KILLED")
@@ -238,7 +238,7 @@ class Store:
         elif kind == "tags":
             self.client.log_batch(run_id, tags=[RunTag(*item) for item in record["values"].items()], synchronous=True)
         elif kind == "file":
-            self._send_file(run_id, folder / record["path"], record["artifact_path"])
+            self._send_file(run_id, folder, record["path"])
         elif kind == "model":
             self._send_model(run_id, folder / record["path"], record["name"])
         else:
@@ -246,17 +246,18 @@ class Store:
                 self.client.set_tag(run_id, NOTE, record["note"], synchronous=True)
             self.client.set_terminated(run_id, record["status"], end_time=record["time"])
 
-    def _send_file(self, run_id: str, path: Path, artifact_path: str) -> None:
-        store = local_folder(self.client.get_run(run_id).info.artifact_uri)
-        if store:
-            link_or_copy(path, store / artifact_path / path.name)
+    def _send_file(self, run_id: str, folder: Path, path: str) -> None:
+        if store := local_folder(self.client.get_run(run_id).info.artifact_uri):
+            link_or_copy(folder / path, store / path)
         else:
-            self.client.log_artifact(run_id, str(path), artifact_path or None)
+            self.client.log_artifact(run_id, str(folder / path), path.rpartition("/")[0] or None)
 
     def _send_model(self, run_id: str, path: Path, name: str) -> None:
         from mlflow.entities import LoggedModelOutput
         from mlflow.models import Model
 
+        if not path.exists():  # which MLflow says with the same code as that of a run that is not there
+            raise FileNotFoundError(f"{path} is gone")
         run = self.client.get_run(run_id)
         # An attempt that failed half-way, or the run before it was resumed, has left its entry: one model per run.
         same = f"name = '{name}' AND source_run_id = '{run_id}'"
@@ -333,9 +334,11 @@ def _is_empty(database: Path) -> bool:
     return not database.exists() or database.stat().st_size == 0
 
 
-def _resumable(run: "MlflowRun") -> str:
+def _how_to_go_on(run: "MlflowRun") -> str:
+    if run.data.tags.get("task") == "sweep":  # its summary
+        return "the sweep's command again"
     # The folder: by its id only a run in the default outputs folder is found.
-    return shlex.quote(run.data.tags.get("process.folder", run.info.run_id))
+    return f"python run.py resume={shlex.quote(run.data.tags.get('process.folder', run.info.run_id))}"
 
 
 def _import_mlflow() -> ModuleType:

@@ -20,7 +20,7 @@ def composed(*overrides):
 @pytest.mark.parametrize("option", [f"{path.parent.name}={path.stem}" for path in GROUPS])
 def test_every_option_of_every_group_composes_and_its_targets_take_its_arguments(option):
     cfg = composed(option)
-    schema.check(cfg, [option])
+    schema.check_jobs([(cfg, [option])])
     parts.check_targets(cfg)
 
 
@@ -30,7 +30,7 @@ def test_the_readmes_preset_model_and_data_set_are_taken_from_a_folder_of_ones_o
         (tmp_path / group / "mine.yaml").write_text(text)
     given = ["experiment=mine", "model=mine", "data=mine"]
     [(cfg, _)] = compose(parse_arguments(["--config-dir", str(tmp_path), *given])).jobs
-    schema.check(cfg, given)
+    schema.check_jobs([(cfg, given)])
     parts.check_targets(cfg)
     network = parts.build_parts(cfg, tuple(map(str, range(100)))).network
     assert (type(network).__name__, network.fc.out_features) == ("ResNet", 100)

@@ -110,8 +110,9 @@ def test_sending_a_journal_again_doubles_nothing(database, client, tmp_path, pat
 
 def test_files_are_hard_links_into_a_local_store(database, client, tmp_path, patient):
     run = start(database, tmp_path / "run")
-    path = text_file(tmp_path / "run")
-    run.log_file(path, "tables")
+    (tmp_path / "run" / "tables").mkdir()
+    path = text_file(tmp_path / "run" / "tables")
+    run.log_file(path)
     run.finish("FINISHED")
     stored = tmp_path / "artifacts" / run.run_id / "artifacts" / "tables" / "history.csv"
     assert stored.samefile(path)
