@@ -5,9 +5,12 @@ images they are and the epoch. Any other callable in the list, such as a torchvi
 that it too draws for each image apart.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
@@ -238,8 +241,25 @@ def _integers(high: int, images: Tensor, generator: Generator) -> Tensor:
 
 
 def _per_image(transform: Callable, images: Tensor, generator: Generator) -> Tensor:
-    # torchvision draws from torch's global generator: lend it this batch's seed and put its state back.
-    seed = torch.randint(2**31, (1,), device=images.device, generator=generator).item()
-    with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    # torchvision draws from torch's global generator, its RandomChoice and RandomOrder from Python's: lend them this
+    # batch's seed and put their state back.
+    seed = int(torch.randint(2**31, (1,), device=images.device, generator=generator))
+    with untouched_generators(images.device):
+        for lend in (torch.manual_seed, np.random.seed, random.seed):
+            lend(seed)
         return torch.stack([transform(image) for image in images])
+
+
+@contextlib.contextmanager
+def untouched_generators(device: torch.device) -> Iterator[None]:
+    """Put back torch's (on the CPU and a CUDA `device`), NumPy's and Python's random generators.
+
+    A user's transform may draw from any.
+    """
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            np.random.set_state(of_numpy)
+            random.setstate(of_python)

@@ -21,7 +21,7 @@ LAST, PREVIOUS = "last.pt", "previous.pt"
 # The file ends in this and the digest of all before it; torch.load, a zip reader, passes over the end.
 _MARK = b"sha256:"
 _TRAILER = len(_MARK) + 64
-KEYS = {"config", "classes", "max_lr", "model", "optimizer", "scheduler", "rng", "progress"}
+KEYS = {"config", "classes", "max_lr", "model", "optimizer", "scheduler", "progress"}
 ADVICE = "Give another:\ncheckpoint=<file or run folder>"
 
 log = logging.getLogger(__name__)

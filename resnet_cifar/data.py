@@ -138,7 +138,7 @@ def hold_out(train: Images, val_size: int) -> tuple[Images, Images]:
 
 
 def seeded(*key: int, device: torch.device | str = "cpu") -> Generator:
-    """A generator on `device` that depends on the whole `key` (numbers from 0) and on nothing else.
+    """A generator on `device` that depends on `key` (numbers from 0) alone; zeros at its end count for nothing.
 
     Order and augmentation draw from such generators, keyed by seed and epoch or step: a run that is resumed in the
     middle sees the same images as one that was never interrupted, with no generator state to keep.

@@ -64,7 +64,10 @@ class World:
         return sent.item()
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give every process the first one's buffers: batch norm's running statistics, which each keeps of its own images."""
+        """Give every process the first one's buffers (batch norm's running statistics), as DDP does before a training step.
+
+        After the last step, and in a moving average, which DDP does not know, each has its own.
+        """
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)

@@ -3,16 +3,15 @@
 import contextlib
 import copy
 import io
-import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from resnet_cifar.augment import untouched_generators
 from resnet_cifar.errors import DivergedError
 from resnet_cifar.loop import autocast
 
@@ -71,22 +70,7 @@ def range_test(
     silence = io.StringIO()  # torch-lr-finder prints, and draws a bar of its own
     with untouched_generators(device), contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
         finder.range_test(Batches(), end_lr=end_lr, num_iter=num_iter, step_mode=step_mode)
-    return RangeTest(np.array(finder.history["lr"]), np.array([float(loss) for loss in finder.history["loss"]]))
-
-
-@contextlib.contextmanager
-def untouched_generators(device: torch.device) -> Iterator[None]:
-    """Put back torch's (on the CPU and a CUDA `device`), NumPy's and Python's random generators.
-
-    A user's transform may draw from any.
-    """
-    of_numpy, of_python = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            np.random.set_state(of_numpy)
-            random.setstate(of_python)
+    return RangeTest(np.array(finder.history["lr"]), np.array(finder.history["loss"]))
 
 
 def suggest(curve: RangeTest, select: str = "min_loss") -> float:
@@ -116,7 +100,7 @@ def _steepest(losses: np.ndarray) -> int:
 
 
 def _valley(losses: np.ndarray) -> int:
-    """Half way down the longest falling run of the losses: fastai's `valley`, its default since 2.3."""
+    """Half way down the longest falling subsequence of the losses: fastai's `valley`, its default since 2.3."""
     length = np.ones(len(losses), dtype=int)
     for i in range(1, len(losses)):
         falling = losses[:i] > losses[i]

@@ -8,6 +8,8 @@ from torch.optim import Optimizer
 
 # Of the quintic iteration in Jordan's Muon: the steepest at zero, so that small singular values grow in few steps.
 QUINTIC = (3.4445, -4.7750, 2.0315)
+# Iterations multiplied into one matrix. Of more, rounding (bf16, TF32) makes eigenvalues below zero, which the next ones blow up.
+AT_ONCE = 3
 
 
 class Muon(Optimizer):
@@ -68,23 +70,27 @@ class Muon(Optimizer):
 
 
 def orthogonal(matrix: Tensor, steps: int) -> Tensor:
-    """The matrix (M, N) with all its singular values near 1, by `steps` Newton-Schulz iterations; float32.
+    """The matrix (M, N) with its singular values brought towards 1, by `steps` Newton-Schulz iterations; float32.
 
-    An iteration multiplies the matrix X by a polynomial of X X^T. The polynomials are small, square, and commute: their
-    product is made first, and X multiplied once, which saves half of the work.
+    An iteration multiplies the matrix X by a polynomial of X X^T. The polynomials are small, square, and commute: the
+    product of up to `AT_ONCE` is made first, and X multiplied once, which saves half of the work.
     """
     wide = matrix.float() if len(matrix) <= matrix.shape[1] else matrix.float().T
     wide = wide / (wide.norm() + 1e-7)
+    for done in range(0, steps, AT_ONCE):
+        wide = _polynomials(wide @ wide.T, min(AT_ONCE, steps - done)) @ wide
+    return wide if len(matrix) <= matrix.shape[1] else wide.T
+
+
+def _polynomials(gram: Tensor, steps: int) -> Tensor:
     a, b, c = QUINTIC
-    gram = wide @ wide.T
     identity = polynomial = product = torch.eye(len(gram), device=gram.device)
     for step in range(steps):
         if step:
             gram = polynomial @ gram @ polynomial
         polynomial = torch.addmm(a * identity + b * gram, gram, gram, alpha=c)
         product = polynomial @ product
-    wide = product @ wide
-    return wide if len(matrix) <= matrix.shape[1] else wide.T
+    return product
 
 
 def _nesterov(gradient: Tensor, buffer: Tensor, momentum: float) -> Tensor:

@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -95,15 +94,6 @@ def _was_recorded(folder: Path, run: str | None) -> bool:
     return any(record["kind"] == "params" for record in read_records(folder / "tracking.jsonl"))
 
 
-def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """torch's random generators as a dropout layer on `device` would draw from them."""
-    return {kind: _generators(kind).get_rng_state() for kind in {"cpu", device.type}}
-
-
-def _generators(kind: str) -> ModuleType:
-    return torch if kind == "cpu" else torch.get_device_module(kind)
-
-
 def restore(training: Training, network: torch.nn.Module, progress: Progress, state: dict[str, Any]) -> None:
     """Put a checkpoint's state into the parts, which then go on bit for bit as if they had never stopped."""
     network.load_state_dict(state["model"])
@@ -112,8 +102,5 @@ def restore(training: Training, network: torch.nn.Module, progress: Progress, st
     training.optimizer.load_state_dict(state["optimizer"])
     assert training.scheduler is not None  # a configuration always has one
     training.scheduler.load_state_dict(state["scheduler"])
-    device = next(network.parameters()).device
-    for kind in state["rng"].keys() & {"cpu", device.type}:
-        _generators(kind).set_rng_state(state["rng"][kind])
     for name, value in state["progress"].items():
         setattr(progress, name, value)

@@ -68,7 +68,7 @@ class Optimizer(TypedDict):
 @open_to_arguments
 class Muon(TypedDict):
     muon_momentum: BelowOne
-    newton_schulz_steps: Count
+    newton_schulz_steps: Annotated[int, Field(ge=1, le=6)]  # in bf16 more would lose the small singular values
     sgd_lr_factor: Positive
 
 

@@ -241,7 +241,6 @@ def training_state(
         "averaged": None if training.averaged is None else training.averaged.state_dict(),
         "optimizer": training.optimizer.state_dict(),
         "scheduler": training.scheduler.state_dict(),
-        "rng": resume.generator_states(built.device),
         "progress": {
             **dataclasses.asdict(progress),
             "loss_sum": float(progress.loss_sum),

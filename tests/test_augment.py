@@ -1,7 +1,10 @@
 """Each batched transform has the distribution of torchvision's own, and every image its own draw."""
 
+import random
+
 import pytest
 import torch
+from torchvision import transforms
 from torchvision.transforms import v2
 
 from resnet_cifar.augment import (
@@ -17,6 +20,7 @@ from resnet_cifar.errors import ConfigError
 
 N = 8100
 IDENTITY = Normalise([0.0] * 3, [1 / 255] * 3, channels_last=True)  # pixel values as they are, as floats
+TURNED = transforms.RandomChoice([transforms.RandomRotation((angle, angle)) for angle in (0, 90)])  # Python's `random`
 
 
 def generator(seed=0):
@@ -188,10 +192,10 @@ def test_a_torchvision_transform_draws_for_each_image():
     assert len({*zip(top.tolist(), left.tolist(), strict=True)}) > 60
 
 
-def test_a_torchvision_transform_leaves_the_global_generator_alone():
-    state = torch.get_rng_state()
-    Augmentation([v2.RandomCrop(32, padding=4)], IDENTITY)(coordinates(4), generator())
-    assert torch.equal(torch.get_rng_state(), state)
+def test_transforms_leave_the_global_generators_alone():
+    state, of_python = torch.get_rng_state(), random.getstate()
+    Augmentation([v2.RandomCrop(32, padding=4), TURNED], IDENTITY)(coordinates(4), generator())
+    assert torch.equal(torch.get_rng_state(), state) and random.getstate() == of_python
 
 
 def test_a_torchvision_transform_to_floats_is_normalised_alike():
@@ -201,7 +205,7 @@ def test_a_torchvision_transform_to_floats_is_normalised_alike():
 
 
 def test_draws_depend_on_the_generator_alone():
-    augment = Augmentation([RandomCrop(32, 4), v2.RandomHorizontalFlip(), Cutout(8, [0.5] * 3)], IDENTITY)
+    augment = Augmentation([RandomCrop(32, 4), v2.RandomHorizontalFlip(), TURNED, Cutout(8, [0.5] * 3)], IDENTITY)
     assert torch.equal(augment(coordinates(32), generator(3)), augment(coordinates(32), generator(3)))
     assert not torch.equal(augment(coordinates(32), generator(3)), augment(coordinates(32), generator(4)))
 

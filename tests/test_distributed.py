@@ -52,7 +52,7 @@ def batches(world):
 
 
 def trained(world):
-    """The gradients of each step, its loss and each epoch's record."""
+    """The gradients of each step, its loss, what a random layer would draw in it, and each epoch's record."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), FrozenBatchNorm(4), nn.ReLU(), nn.Flatten(), nn.Linear(3600, 3))
     training = Training(
@@ -61,14 +61,15 @@ def trained(world):
         *(AUGMENT, 2, BATCH),
         world=world,
     )
-    gradients, losses, epochs = [], [], []
+    gradients, losses, epochs, draws = [], [], [], []
     for record in fit(training, eleven_images(), eleven_images()[:7]):
         if isinstance(record, StepRecord):
             gradients.append([weights.grad.clone() for weights in network.parameters()])
             losses.append(record.loss.item())
+            draws.append(torch.rand(1).item())  # as dropout would
         elif isinstance(record, EpochRecord):
             epochs.append([record.train_loss, record.train_accuracy, record.eval_loss, record.eval_accuracy])
-    return {"gradients": gradients, "losses": losses, "epochs": epochs}
+    return {"gradients": gradients, "losses": losses, "epochs": epochs, "draws": draws}
 
 
 def save_batches_and_training(world, folder):
@@ -100,6 +101,12 @@ def test_the_shares_of_a_batch_are_the_batch_that_one_process_has(of_two):
             shares = shares[:1]  # the other process has the same image, with weight 0
         assert torch.equal(torch.cat([share[0] for share in shares]), images)
         assert torch.equal(torch.cat([share[1] for share in shares]), labels)
+
+
+def test_dropout_draws_other_masks_in_each_step_and_process(of_two):
+    draws = [draw for process in of_two for draw in process["draws"]]
+    assert len(set(draws)) == len(draws) == 12
+    assert of_two[0]["draws"] == trained(ALONE)["draws"]
 
 
 def test_gradients_are_the_means_over_the_whole_batch(of_two):

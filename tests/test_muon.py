@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from resnet_cifar.muon import Muon, orthogonal
 
@@ -29,6 +30,26 @@ def test_the_product_of_polynomials_is_the_iteration_itself():
         gram = expected @ expected.T
         expected = 3.4445 * expected - 4.7750 * gram @ expected + 2.0315 * gram @ gram @ expected
     assert torch.allclose(orthogonal(start, 3), expected.float(), atol=1e-5)
+
+
+class Bf16Products(TorchFunctionMode):
+    """Rounds what is multiplied to bf16 and sums in float32, as processors with bf16 instructions do."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.matmul, torch.Tensor.__matmul__):
+            args = [factor.bfloat16().float() for factor in args]
+        elif function is torch.addmm:
+            args = [args[0], *(factor.bfloat16().float() for factor in args[1:])]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("steps", [3, 4, 5, 6])
+def test_rounding_to_bf16_does_not_grow_over_the_iterations(steps):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(size, 64, generator=generator)).Q for size in (64, 288))
+    with Bf16Products():
+        made = orthogonal(left * torch.logspace(0, -4, 64) @ right.T, steps)
+    assert torch.linalg.svdvals(made).max() < 1.5
 
 
 def test_a_convolution_keeps_its_norm_and_moves_by_the_learning_rate():
