@@ -20,7 +20,7 @@ from resnet_cifar.errors import ConfigError
 from resnet_cifar.fingerprint import config_hash, sweep_id
 from resnet_cifar.hydra_setup import started_hydra, without_hydra
 from resnet_cifar.passwords import has_password, is_secret
-from resnet_cifar.suggestions import did_you_mean, overridden
+from resnet_cifar.suggestions import did_you_mean, overridden, program
 
 HYDRA_FILE = Path(".hydra", "hydra.yaml")  # in a run's folder: how Hydra was called
 SWEEP_ID = "SWEEP_ID"  # in hydra.sweep.dir it stands for the hash that is known when all jobs are
@@ -64,7 +64,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line as Hydra's own parser reads it; raises ConfigError for what it would refuse with a page of usage."""
 
     def refuse(message: str) -> None:
-        raise ConfigError(f"{message}; python run.py --help shows what there is")
+        raise ConfigError(f"{message}; {program()} --help shows what there is")
 
     parser = get_args_parser()
     parser.error = refuse
@@ -112,10 +112,11 @@ def _written(key: str) -> ConfigError:
     return ConfigError(f"{key} would be written into files: give the secret in the shell's environment")
 
 
-def start_job(overrides: Sequence[str], job: Callable[[DictConfig], Any]) -> Any:
-    """What `job` returns when Hydra runs it with these overrides: in a run folder of its own, with its logging set up."""
-    with started_hydra(parse_arguments(overrides)) as hydra:
-        return hydra.run("config", job, list(overrides)).return_value
+def start_job(argv: Sequence[str], job: Callable[[DictConfig], Any]) -> Any:
+    """What `job` returns when Hydra runs it with this command line: in a run folder of its own, with its logging set up."""
+    arguments = parse_arguments(argv)
+    with started_hydra(arguments) as hydra:
+        return hydra.run(arguments.config_name or "config", job, arguments.overrides).return_value
 
 
 def _composition(hydra: Hydra, arguments: argparse.Namespace) -> Composition:

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from resnet_cifar.errors import ConfigError
 from resnet_cifar.hydra_setup import CONF, started_hydra, without_hydra
-from resnet_cifar.suggestions import closest, did_you_mean, dotted, keys, quoted
+from resnet_cifar.suggestions import closest, did_you_mean, dotted, keys, program, quoted
 
 # The plugins' launchers behind our presets, and the extra that installs each.
 LAUNCHER_EXTRAS = {"joblib": "parallel", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "cluster"}
@@ -44,7 +44,7 @@ def explained(error: Exception, arguments: argparse.Namespace) -> str:
     if first_line.startswith("Error merging override") and error.__cause__ is not None:
         first_line += f": {str(error.__cause__).partition(chr(10))[0]}"
     if ambiguous := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'(?: requires|$)", first_line):
-        return f"{ambiguous[1]} is a sweep over several values: run it with -m, python run.py -m {ambiguous[1]}"
+        return f"{ambiguous[1]} is a sweep over several values: run it with -m,\n{program()} -m {shlex.join(arguments.overrides)}"
     if present := re.match(r"Multiple values for (\w+)|Could not append .* already at '([^']*)'", first_line):
         key = present[1] or present[2]
         return f"{key} has a value already: write {key}=..., once and without a +"
@@ -143,7 +143,9 @@ def _with_a_plus(key: str, value: str, arguments: argparse.Namespace) -> str:
 def _missing_option(error: MissingConfigException) -> str:
     group, _, option = error.missing_cfg_file.rpartition("/")
     if group == "hydra/launcher" and option in LAUNCHER_EXTRAS:
-        return f'hydra/launcher={option} is not installed: pip install -e ".[{LAUNCHER_EXTRAS[option]}]"'
+        extra = LAUNCHER_EXTRAS[option]
+        where = ", in an environment of its own" if extra == "cluster" else ""
+        return f'hydra/launcher={extra} is not installed: pip install -e ".[{extra}]"{where}'
     if not error.options:
         return str(error).splitlines()[0]
     return f"{group}={option}: choose from {', '.join(error.options)}{did_you_mean(option, error.options)}"

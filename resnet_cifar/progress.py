@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from resnet_cifar.console import nobody_reads, setting, shown
 from resnet_cifar.loop import EpochRecord, Progress, StepRecord
+from resnet_cifar.suggestions import program
 from resnet_cifar.tracked_run import Run, TrackedRun, run_page
 
 STEPS_BEFORE_ESTIMATE = 10
@@ -128,9 +129,8 @@ class ProgressDisplay:
             log.info("Training takes about %s more, until about %s.", duration(remaining), f"{end:%H:%M}")
             return
         log.info(
-            "Training takes about %s more on this CPU, until %s;\n"
-            "for a look in a minute: python run.py experiment=quickstart",
-            *(duration(remaining), f"{end:%H:%M on %d %B}"),
+            "Training takes about %s more on this CPU, until %s;\nfor a look in a minute: %s experiment=quickstart",
+            *(duration(remaining), f"{end:%H:%M on %d %B}", program()),
         )
 
 
@@ -142,7 +142,7 @@ def where_to_look(task: str, folder: Path, tracked_run: Run) -> str:
         if not tracked_run.url.startswith("http"):
             lines.append(f"         {run_page(LOCAL_SERVER, tracked_run.experiment_id, tracked_run.run_id)}")
     if task == "train":
-        lines.append("next     python run.py task=explain explain.images=<folder of pictures> \\")
+        lines.append(f"next     {program()} task=explain explain.images=<folder of pictures> \\")
         lines.append(f"           {setting('checkpoint', folder)}")
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 import logging
 import shlex
 import signal
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from resnet_cifar.passwords import without_passwords
 from resnet_cifar.progress import where_to_look
 from resnet_cifar.run_folder import STATUS, only_process
 from resnet_cifar.signals import STOPPED, exit_on_ending_signals, ignored
+from resnet_cifar.suggestions import program
 from resnet_cifar.tables import read_csv
 from resnet_cifar.tracked_run import Run
 
@@ -90,12 +92,12 @@ def recorded(cfg: DictConfig, invocation: Invocation, provenance: Mapping[str, s
                 isinstance(error, SystemExit) and error.code in STOPPED
             )
             status = "KILLED" if stopped else "FAILED"
-            hint = f"Stopped. Continue it: `python run.py resume={shlex.quote(str(folder))}`"
+            hint = f"Stopped. Continue it: `{program()} resume={shlex.quote(str(folder))}`"
             if not stopped:
                 log_failure(error)  # before run.log is sent
             _end(folder, tracked_run, status, hint if stopped else failure(error))
             if isinstance(error, KeyboardInterrupt | SystemExit) and stopped:
-                log.warning("Stopped. Go on with it:\n  python run.py %s", setting("resume", folder))
+                log.warning("Stopped. Go on with it:\n  %s %s", program(), setting("resume", folder))
             raise
         _end(folder, tracked_run, "FINISHED", None)
     if not invocation.place:  # a sweep says where to look once, at its end
@@ -222,4 +224,4 @@ def run_name(cfg: DictConfig, invocation: Invocation) -> str:
     named = [preset or "session_10"] if cfg.task == "train" else [*([preset] if preset else []), cfg.task]
     aside = tuple(key for key in NOT_COMPARED if key != "scheduler.max_lr")
     given = [override for override in invocation.overrides if not override.startswith((*aside, "task=", "checkpoint="))]
-    return " ".join([*named, *given])[:120]
+    return textwrap.shorten(" ".join([*named, *given]), 120, placeholder=" ...")

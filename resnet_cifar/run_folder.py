@@ -14,6 +14,7 @@ from resnet_cifar.console import setting
 from resnet_cifar.delivery import read_records
 from resnet_cifar.errors import CheckpointError, StorageError
 from resnet_cifar.fingerprint import config_hash
+from resnet_cifar.suggestions import program
 
 STATUS = "status.txt"
 
@@ -55,9 +56,10 @@ def is_stopped(folder: Path, cfg: DictConfig) -> bool:
 def check_unused(folder: Path) -> None:
     """Raise StorageError where the folder holds a run already."""
     if (folder / "config.yaml").exists():
+        goes_on = f",\nor go on with the run: {program()} {setting('resume', folder)}"
+        finished = status(folder)[0] == "FINISHED"
         raise StorageError(
-            f"{folder} holds a run already: give another folder, or none, as hydra.run.dir,\n"
-            f"or go on with the run: python run.py {setting('resume', folder)}"
+            f"{folder} holds a run already: give another folder, or none, as hydra.run.dir{'' if finished else goes_on}"
         )
 
 

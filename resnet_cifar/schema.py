@@ -19,7 +19,9 @@ from resnet_cifar.environment import without_environment
 from resnet_cifar.errors import ConfigError
 from resnet_cifar.passwords import has_password
 from resnet_cifar.suggestions import did_you_mean, keys
-from resnet_cifar.targets import CLASSES, is_allowed
+from resnet_cifar.targets import ALLOWED, is_allowed
+
+GLOBAL = ": the first line of such a file has to be # @package _global_"
 
 
 def _matching(
@@ -266,16 +268,21 @@ def _violations(container: dict[str, Any], written: dict[str, Any]) -> Iterator[
     for location, kind, message in _type_errors(container):
         key, given = _locate(written, location)
         if kind == "missing":
-            reasons[f"{'.'.join(map(str, location))} is required"] = []
+            key, hint = ".".join(map(str, location)), ""
+            if location[0] in (container.get(location[0]) or ()):
+                hint = GLOBAL
+            elif key == "explain.layers":
+                hint = ": modules of the model for Grad-CAM, as +explain.layers.last=<the module's path>"
+            reasons[f"{key} is required{hint}"] = []
         elif kind == "extra_forbidden":
             hint = did_you_mean(key, set(keys(container)) - {key})
             if key == "experiment":
-                hint = ": the first line of a preset has to be # @package _global_"
+                hint = GLOBAL
             reasons[f"{key} is not a key{hint}"] = []
         else:
             allowed = re.sub(r"^(Value error, )?(\w+ (?=should))?should | after validation.*", "", message)
             if kind == "string_type" and isinstance(given, int | float):
-                allowed += f"; as a text it is written {key}=\"'{_as_yaml(given)}'\""
+                allowed += f"; as a text it stands in two pairs of quotes: {key}=\"'...'\""
             if kind in ("int_type", "float_type", "bool_type") and str(given).startswith("${oc.env:"):
                 allowed += f"; what is in the environment is text: '{key}=${{oc.decode:{given}}}'"
             reasons.setdefault(f"{key}={_as_yaml(given)} should ", []).append(allowed)
@@ -283,7 +290,7 @@ def _violations(container: dict[str, Any], written: dict[str, Any]) -> Iterator[
         if isinstance(value, float) and not math.isfinite(value):
             reasons[f"{key}={value} should "] = ["be a finite number"]
         if key.endswith("._target_") and isinstance(value, str) and not is_allowed(value):
-            reasons[f"{key}={value} should "] = [f"be a class in {', '.join(CLASSES)}"]
+            reasons[f"{key}={value} should "] = [f"be {ALLOWED}"]
     for start, alternatives in reasons.items():
         yield start + " or ".join(alternatives)
 

@@ -1,10 +1,22 @@
-"""How keys and values are written, and what a mistyped key or option was probably meant to be."""
+"""How commands, keys and values are written, and what a mistyped key or option was probably meant to be."""
 
 import difflib
 import re
+import shlex
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+
+def program() -> str:
+    """How this program was called, for commands that are to be pasted; where that cannot be told, `python run.py`."""
+    called = Path(sys.argv[0])
+    if called.stem == "resnet-cifar":  # where it is installed
+        return "resnet-cifar"
+    if called.name == "__main__.py":
+        return "python -m resnet_cifar"
+    return f"python {shlex.quote(sys.argv[0])}" if called.name == "run.py" else "python run.py"
 
 
 def keys(container: Mapping[str, Any], parent: str = "") -> Iterator[str]:

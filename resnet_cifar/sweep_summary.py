@@ -20,6 +20,7 @@ from resnet_cifar.errors import StorageError
 from resnet_cifar.evaluation import restore_parts
 from resnet_cifar.leaderboard import SEED, Result, score
 from resnet_cifar.report import save_figure
+from resnet_cifar.suggestions import program
 from resnet_cifar.sweep_plan import FAILED, Plan, job_name, load_plan, short_names
 
 GRID_IMAGES, GRID_RUNS = 6, 7
@@ -37,7 +38,7 @@ def publish(folder: Path, settings: DictConfig) -> None:
     rows, metric = leaderboard.table(found), leaderboard.ranked_by(found)
     ranked = f", ranked by {metric}" if any(score(result, metric) is not None for result in found) else ""
     heading = f"Sweep {plan.id}: {len(found)} job{'s' if len(found) > 1 else ''}{ranked}"
-    command = f"`python run.py {shlex.join(plan.command)}`\n"
+    command = f"`{program()} {shlex.join(plan.command)}`\n"
     table = f"# {heading}\n\n{leaderboard.verdict(rows)}\n\n{leaderboard.markdown(rows)}\n\n{command}"
     leaderboard.write_csv(folder / "leaderboard.csv", rows)
     leaderboard.write_csv(folder / "runs.csv", leaderboard.rows_of_runs(found))

@@ -23,6 +23,7 @@ CLASSES = (
     "torchvision.transforms",
 )
 FUNCTIONS = ("torchvision.models",)
+ALLOWED = f"a class in {', '.join(CLASSES)}; your own belong into the folder resnet_cifar/"
 
 
 def is_allowed(path: str) -> bool:
@@ -37,7 +38,7 @@ def resolve(path: str) -> Any:
     Raises ConfigError when the path is not allowed or nothing is there.
     """
     module_path, _, name = path.rpartition(".")
-    refused = ConfigError(f"_target_={path} is not allowed: it should be a class in {', '.join(CLASSES)}")
+    refused = ConfigError(f"_target_={path} is not allowed: it should be {ALLOWED}")
     if not is_allowed(path):
         raise refused
     try:

@@ -14,6 +14,7 @@ from resnet_cifar.console import setting
 from resnet_cifar.delivery import Journal, Lane, reason
 from resnet_cifar.hydra_setup import outputs
 from resnet_cifar.passwords import without_passwords
+from resnet_cifar.suggestions import program
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +44,7 @@ def sync_command(folder: Path) -> str:
     above = [parent.parent for parent in folder.absolute().parents if parent.name in ("runs", "sweeps")]
     output_dir = above[0] if above else folder.absolute()
     given = "" if output_dir == Path(outputs()) else " " + setting("output_dir", output_dir)
-    return f"python run.py task=sync{given}"
+    return f"{program()} task=sync{given}"
 
 
 class Run:

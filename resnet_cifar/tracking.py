@@ -29,6 +29,7 @@ from resnet_cifar.errors import CheckpointError, ConfigError, StorageError
 from resnet_cifar.passwords import has_password, without_passwords
 from resnet_cifar.process_identity import identity, is_alive, is_gone, origin
 from resnet_cifar.store_errors import user_errors, within
+from resnet_cifar.suggestions import program
 from resnet_cifar.tracked_run import NOTE, TrackedRun, as_texts, run_page, sync_command
 
 if TYPE_CHECKING:
@@ -338,7 +339,7 @@ def _how_to_go_on(run: "MlflowRun") -> str:
     if run.data.tags.get("task") == "sweep":  # its summary
         return "the sweep's command again"
     # The folder: by its id only a run in the default outputs folder is found.
-    return f"python run.py resume={shlex.quote(run.data.tags.get('process.folder', run.info.run_id))}"
+    return f"{program()} resume={shlex.quote(run.data.tags.get('process.folder', run.info.run_id))}"
 
 
 def _import_mlflow() -> ModuleType:

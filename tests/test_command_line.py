@@ -11,6 +11,7 @@ import pytest
 
 from resnet_cifar import __main__, compose, composition_errors, console, experiment, hydra_setup, sweep_summary
 from resnet_cifar.errors import DataError, DivergedError, StorageError
+from resnet_cifar.suggestions import program
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -87,7 +88,8 @@ def assert_short(message):
         ("+experiment=quickstart", "experiment has a value already"),
         ("scheduler.div_factor=10,25", "run it with -m"),
         ("optimizer=adam,sgd", "run it with -m"),
-        ("seed=range(0,3)", "run it with -m"),
+        ("seed=range(0,3) trainer.epochs=2", "run.py -m 'seed=range(0,3)' trainer.epochs=2 "),
+        ("hydro=1", "hydro is not a key\n"),
         ("seed=1 -m trainer.epochs=2", "write trainer.epochs=2"),
         ("seed", "cannot read seed: settings are written key=value\n"),
         ("seed = 1", "settings are written key=value, without a space\n"),
@@ -135,7 +137,7 @@ def assert_short(message):
         ("trainer={epoch:3}", "did you mean trainer.epochs?"),
         ("-p optimizer", "--package goes with --cfg"),
         ("trainer.device=0", "trainer.device=0 should be auto, cpu, mps, cuda or cuda:N"),
-        ("tracking.experiment=2026", "is written tracking.experiment=\"'2026'\""),
+        ("tracking.experiment=2026", "in two pairs of quotes: tracking.experiment=\"'...'\""),
         ("seed=${oc.env:HOME}", "'seed=${oc.decode:${oc.env:HOME}}'"),
         ("experiment=laptop lr_finder.end_lr=1", "lr_finder.end_lr would do nothing: it is for"),
         ("hydra.job.env_set.MY_TOKEN=hunter2", "would be written into files"),
@@ -178,7 +180,7 @@ def test_a_preset_of_the_users_own_needs_no_comment(command, tmp_path):
         ("# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      seed: 0,x\n", "seed=x"),
         (
             "trainer:\n  epochs: 3\n",
-            "experiment is not a key: the first line of a preset has to be # @package _global_",
+            "experiment is not a key: the first line of such a file has to be # @package _global_",
         ),
         ("# @package _global_\nhydra:\n  launcher:\n    n_jobs: 4\n", "n_jobs"),
         ("# @package _global_\ndefaults: [mine]\n", "(given: experiment=mine"),
@@ -434,6 +436,21 @@ def test_a_run_goes_on_when_its_reader_has_left(tmp_path, unbuffered):
     process.stderr.close()
     [status] = (tmp_path / "runs").glob("*/status.txt")
     assert status.read_text() == "FINISHED\n"
+
+
+@pytest.mark.parametrize(
+    ("called", "said"),
+    [
+        ("run.py", "python run.py"),
+        ("/my clone/run.py", "python '/my clone/run.py'"),
+        ("/usr/bin/resnet-cifar", "resnet-cifar"),
+        ("/lib/resnet_cifar/__main__.py", "python -m resnet_cifar"),
+        ("/lib/ipykernel_launcher.py", "python run.py"),
+    ],
+)
+def test_commands_to_be_pasted_begin_as_this_one_did(monkeypatch, called, said):
+    monkeypatch.setattr(sys, "argv", [called])
+    assert program() == said
 
 
 def test_run_py_and_the_module_are_the_same_command():

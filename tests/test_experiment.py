@@ -144,6 +144,13 @@ def test_a_name_is_no_longer_than_a_database_takes():
         assert len(run_name(cfg, invocation)) == 250
 
 
+def test_a_name_ends_with_a_whole_setting():
+    given = tuple(f"trainer.epochs={number}" for number in range(100, 110))
+    cfg = compose(parse_arguments([])).jobs[0][0]
+    name = run_name(cfg, Invocation(Path(), given, {}))
+    assert len(name) <= 120 and name.endswith("trainer.epochs=104 ...")
+
+
 @pytest.mark.parametrize(
     ("given", "param"),
     [

@@ -70,6 +70,20 @@ def test_a_wrong_setting_is_refused_before_a_folder_is_made(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_options_of_ones_own_are_taken_from_their_folder(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 7\n")
+    cfg, _ = notebook.begin("--config-dir", str(tmp_path), "experiment=mine", f"output_dir={tmp_path}/outputs")
+    assert cfg.seed == 7
+
+
+@pytest.mark.parametrize("setting", ["sweep.dry_run=true", "sweep.rerun=all"])
+def test_what_would_do_nothing_is_refused_as_on_the_command_line(setting, tmp_path):
+    with pytest.raises(ConfigError, match="would do nothing for a single run"):
+        notebook.begin(setting, f"output_dir={tmp_path}")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("setting", ["task=find_lr", "resume=outputs/runs/x", "hydra.mode=MULTIRUN"])
 def test_another_task_than_training_is_refused(setting, tmp_path):
     with pytest.raises(ConfigError, match=r"to python run\.py"):
