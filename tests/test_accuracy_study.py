@@ -55,6 +55,14 @@ def test_what_is_missing_is_measured_and_what_is_there_is_not(measure, cifar10):
     assert missing.startswith("tiny: other, seed 0: python run.py ") and len(rows) == 1
 
 
+def test_a_run_that_ended_without_a_row_is_not_trained_again(measure, cifar10):
+    arguments = ("--rows", "first", "--data-root", str(cifar10), "--tracking", "none")
+    _, rows = measure(*arguments)
+    (measure.folder / "results.csv").unlink()  # as if it had been killed before it wrote the row
+    said, again = measure(*arguments)
+    assert "nothing to resume" in said and again == rows
+
+
 def test_a_folder_of_other_values_is_not_taken_for_the_row(measure, outputs, tmp_path):
     folder = tmp_path / "runs" / "tiny" / "first_seed_0"
     folder.mkdir(parents=True)

@@ -1,7 +1,7 @@
 """The speed study's script: what it measures in a tiny run, and the table it makes of that."""
 
 import contextlib
-import importlib
+import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +49,13 @@ def test_the_flop_of_the_whole_network_are_the_assignments(benchmark):
     assert benchmark.competitors.flop_per_image(1.0) == pytest.approx(3 * forward - first_convolution, rel=1e-3)
 
 
-@pytest.mark.parametrize("side", ["ours", "assignment", "bare_step"])
+LIGHTNING = pytest.mark.skipif(not importlib.util.find_spec("lightning"), reason="pip install 'resnet-cifar[speed]'")
+
+
+@pytest.mark.parametrize(
+    "side",
+    ["ours", "assignment", "bare_step", *(pytest.param(c, marks=LIGHTNING) for c in ("lightning", "lightning_tuned"))],
+)
 def test_the_stopwatch_leaves_warm_up_out(benchmark, cifar10, monkeypatch, side):
     competitors = benchmark.competitors
     setting = competitors.Setting(0.125, 3, 1, str(cifar10), competitors.torch.device("cpu"), "fp32", batch_size=8)

@@ -622,6 +622,18 @@ def test_the_same_sweep_does_not_run_twice_at_once(commands, outputs, tmp_path):
     assert command.output.startswith("This sweep is running already")
 
 
+def test_a_run_is_set_aside_beside_those_before_it(tmp_path):
+    folder = tmp_path / "explain.layers=[a,b]"  # no pattern
+    for place in (f"{folder}_replaced_1", f"{folder}_replaced_3", f"{folder}_replaced_2"):
+        if place.endswith("3"):
+            Path(place).mkdir()  # its predecessor was deleted since
+            continue
+        folder.mkdir()
+        assert sweep_plan._set_aside(folder) == Path(place)
+    folder.mkdir()
+    assert sweep_plan._set_aside(folder).name == f"{folder.name}_replaced_4"
+
+
 def test_a_run_that_a_process_works_on_is_not_set_aside(commands, outputs, tmp_path):
     arguments = [*SWEEP, "seed=0,1", "sweep.rerun=all", "tracking=none", f"output_dir={outputs}"]
     [folder, _] = compose(parse_arguments(arguments)).sweep.job_folders

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -163,10 +164,12 @@ def test_a_refused_record_is_a_warning_and_holds_nothing_back(database, client, 
     run = start(database, tmp_path / "run")
     run.log_params({"seed": 1})
     run.log_file(tmp_path / "run" / "never_written.png")
+    run._send(run._files, "model", path="model_that_is_gone", name="model")
     run.finish("FINISHED")
     stored = client.get_run(run.run_id)
     assert (stored.info.status, stored.data.params) == ("FINISHED", {"seed": "0"})
-    assert "tracking store refuses params" in caplog.text and "artifact store refuses file" in caplog.text
+    refused = ("tracking store refuses params", "artifact store refuses file", "artifact store refuses model")
+    assert all(said in caplog.text for said in refused)
     assert sync_all(tmp_path) == 0
 
 
@@ -495,6 +498,11 @@ def test_a_killed_process_leaves_a_run_that_the_next_start_ends(
     assert hint in run.data.tags["mlflow.note.content"] and hint in caplog.text
     assert client.get_run(alive.run_id).info.status == "RUNNING"
     alive.finish("FINISHED")
+
+
+def test_a_killed_summary_of_a_sweep_is_continued_by_the_sweep():
+    killed = SimpleNamespace(data=SimpleNamespace(tags={"task": "sweep"}), info=SimpleNamespace(run_id="1"))
+    assert tracking._how_to_go_on(killed) == "the sweep's command again"
 
 
 def test_a_killed_run_that_goes_on_is_not_said_to_be_dead(database, client, tmp_path, patient, caplog, start_elsewhere):
