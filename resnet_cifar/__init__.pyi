@@ -2,16 +2,20 @@ from . import figures
 from .augment import (
     AlternatingFlip,
     Augmentation,
+    BatchTransform,
     Cutout,
     Normalise,
     ProgressiveResize,
     RandomCrop,
     RandomHorizontalFlip,
+    ScheduledTransform,
 )
 from .custom_resnet import CustomResNet
 from .data import Digits, Images, as_images, hold_out, steps_per_epoch, training_batches
 from .deployed_model import DeployedModel
-from .explain import grad_cam, load_pictures, select_images
+from .distributed import World
+from .errors import ConfigError, DataError, DivergedError
+from .explain import Selection, grad_cam, load_pictures, select_images
 from .loop import EpochRecord, Evaluation, Progress, StepRecord, Training, evaluate, fit
 from .lr_finder import RangeTest, range_test, suggest
 from .muon import Muon
@@ -20,10 +24,14 @@ from .report import explain_mistakes, model_summary
 __all__ = [
     "AlternatingFlip",
     "Augmentation",
+    "BatchTransform",
+    "ConfigError",
     "CustomResNet",
     "Cutout",
+    "DataError",
     "DeployedModel",
     "Digits",
+    "DivergedError",
     "EpochRecord",
     "Evaluation",
     "Images",
@@ -34,8 +42,11 @@ __all__ = [
     "RandomCrop",
     "RandomHorizontalFlip",
     "RangeTest",
+    "ScheduledTransform",
+    "Selection",
     "StepRecord",
     "Training",
+    "World",
     "as_images",
     "evaluate",
     "explain_mistakes",

@@ -9,6 +9,7 @@ import contextlib
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -40,12 +41,13 @@ class ScheduledTransform:
 
 
 class RandomCrop(BatchTransform):
-    """Pad by `padding` pixels and cut `size` x `size` at a uniform offset, as torchvision's `RandomCrop`.
+    """Pad by `padding` pixels and cut `size` x `size` at a uniform offset: (N, C, H, W) to (N, C, size, size), uint8.
 
-    The border is black (`constant`) or the image mirrored at its edge (`reflect`).
+    As torchvision's `RandomCrop`, with a border that is black (`constant`) or the image mirrored at its edge (`reflect`).
+    Raises ConfigError, when called, where `size` exceeds the padded image, or a reflected border the image.
     """
 
-    def __init__(self, size: int, padding: int = 0, padding_mode: str = "constant") -> None:
+    def __init__(self, size: int, padding: int = 0, padding_mode: Literal["constant", "reflect"] = "constant") -> None:
         self.size, self.padding, self.padding_mode = size, padding, padding_mode
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
@@ -104,10 +106,10 @@ class AlternatingFlip(ScheduledTransform):
 
 
 class ProgressiveResize(ScheduledTransform):
-    """Images grow from `first` pixels in epoch 1 to their full size in epoch `epochs`, by 4 pixels at a time, and stay there.
+    """Square images grow from `first` pixels in epoch 1 to their full size in epoch `epochs`, and stay there.
 
-    `first` is a multiple of 4. Progressive resizing as in fast.ai's DAWNBench entry (Howard et al., 2018); antialiased
-    bilinear interpolation.
+    (N, C, H, H) uint8 to (N, C, h, h), h rounded down to a multiple of 4, so that pooling divides it. Progressive resizing as
+    in fast.ai's DAWNBench entry (Howard et al., 2018); antialiased bilinear interpolation.
     """
 
     def __init__(self, first: int, epochs: int) -> None:
@@ -133,10 +135,11 @@ class ProgressiveResize(ScheduledTransform):
 
 
 class Cutout(BatchTransform):
-    """Fill one `size` x `size` square per image, wholly inside it, with `fill` (per channel, 0..1).
+    """Fill one square of `size` pixels a side per image, wholly inside it, with `fill` (per channel, 0..1); same shape out.
 
-    Cutout of DeVries and Taylor, arXiv:1708.04552, in the distribution of torchvision's
-    `RandomErasing(p=1, scale=(s, s), ratio=(1, 1))` with s = size^2 / (H W).
+    Cutout of DeVries and Taylor, arXiv:1708.04552, whose squares may leave the image; in the distribution of torchvision's
+    `RandomErasing(p=1, scale=(s, s), ratio=(1, 1))` with s = size^2 / (H W). Raises ConfigError, when called, where `size`
+    exceeds the image.
     """
 
     def __init__(self, size: int, fill: Sequence[float]) -> None:
@@ -172,7 +175,7 @@ class Normalise:
     def __init__(self, mean: Sequence[float], std: Sequence[float], channels_last: bool = True) -> None:
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (mean, std))
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self._whole_images: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._whole_images: dict[tuple[torch.device, torch.Size, bool], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, images: Tensor) -> Tensor:
         mean, std = self._as_whole_images(images)
@@ -202,7 +205,7 @@ class Normalise:
 class Augmentation:
     """The transforms in their order, then normalisation: (N, C, H, W) uint8 to normalised float32."""
 
-    def __init__(self, transforms: Sequence[Callable], normalise: Normalise) -> None:
+    def __init__(self, transforms: Sequence[Callable[..., Tensor]], normalise: Normalise) -> None:
         self.transforms, self.normalise = list(transforms), normalise
 
     def __call__(self, images: Tensor, generator: Generator, index: Tensor | None = None, epoch: int = 1) -> Tensor:
@@ -240,7 +243,7 @@ def _integers(high: int, images: Tensor, generator: Generator) -> Tensor:
     return torch.randint(high, (len(images),), device=images.device, generator=generator)
 
 
-def _per_image(transform: Callable, images: Tensor, generator: Generator) -> Tensor:
+def _per_image(transform: Callable[[Tensor], Tensor], images: Tensor, generator: Generator) -> Tensor:
     # torchvision draws from torch's global generator, its RandomChoice and RandomOrder from Python's: lend them this
     # batch's seed and put their state back.
     seed = int(torch.randint(2**31, (1,), device=images.device, generator=generator))

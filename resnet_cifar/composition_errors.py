@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from resnet_cifar.errors import ConfigError
-from resnet_cifar.hydra_setup import CONF, started_hydra, without_hydra
+from resnet_cifar.hydra_setup import CONF, INSTALLED, started_hydra, without_hydra
 from resnet_cifar.suggestions import closest, did_you_mean, dotted, keys, program, quoted
 
 # The plugins' launchers behind our presets, and the extra that installs each.
@@ -44,7 +44,10 @@ def explained(error: Exception, arguments: argparse.Namespace) -> str:
     if first_line.startswith("Error merging override") and error.__cause__ is not None:
         first_line += f": {str(error.__cause__).partition(chr(10))[0]}"
     if ambiguous := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'(?: requires|$)", first_line):
-        return f"{ambiguous[1]} is a sweep over several values: run it with -m,\n{program()} -m {shlex.join(arguments.overrides)}"
+        options = [("--config-dir", arguments.config_dir), ("--config-path", arguments.config_path)]
+        given = [word for option, value in options if value for word in (option, value)]
+        command = shlex.join(["-m", *given, *arguments.overrides])
+        return f"{ambiguous[1]} is a sweep over several values: run it with -m,\n{program()} {command}"
     if present := re.match(r"Multiple values for (\w+)|Could not append .* already at '([^']*)'", first_line):
         key = present[1] or present[2]
         return f"{key} has a value already: write {key}=..., once and without a +"
@@ -145,7 +148,8 @@ def _missing_option(error: MissingConfigException) -> str:
     if group == "hydra/launcher" and option in LAUNCHER_EXTRAS:
         extra = LAUNCHER_EXTRAS[option]
         where = ", in an environment of its own" if extra == "cluster" else ""
-        return f'hydra/launcher={extra} is not installed: pip install -e ".[{extra}]"{where}'
+        what = f'"resnet-cifar[{extra}]"' if INSTALLED else f'-e ".[{extra}]"'
+        return f"hydra/launcher={extra} is not installed: pip install {what}{where}"
     if not error.options:
         return str(error).splitlines()[0]
     return f"{group}={option}: choose from {', '.join(error.options)}{did_you_mean(option, error.options)}"

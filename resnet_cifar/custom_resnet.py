@@ -55,7 +55,7 @@ class CustomBlock(nn.Module):
 
 
 class CustomResNet(nn.Module):
-    """The assignment's network: normalised images (N, 3, 32, 32) to logits (N, num_classes).
+    """The assignment's network: normalised images (N, 3, 32, 32), or of 8 to 39 pixels, to logits (N, num_classes).
 
     `width` multiplies the channel counts 64-128-256-512. `inner_shortcut=True` is the solution's residual block,
     `relu(F(x) + x)`, to which the layer adds X once more; `False` is the assignment's text, without the inner addition.

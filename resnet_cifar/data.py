@@ -130,9 +130,13 @@ def subset(images: Images, size: int | None, key: str, beside: str = "") -> Imag
 
 
 def hold_out(train: Images, val_size: int) -> tuple[Images, Images]:
-    """The training images without `val_size` randomly chosen ones, and these; independent of the run's seed."""
-    if val_size >= len(train):
-        raise ConfigError(f"data.val_size={val_size}: must be less than the {len(train)} training images.")
+    """The training images without `val_size` randomly chosen ones, and those held out; the same ones for every seed.
+
+    Raises:
+        ConfigError: `val_size` is negative, or leaves no training image.
+    """
+    if not 0 <= val_size < len(train):
+        raise ConfigError(f"data.val_size={val_size}: must be from 0 to less than the {len(train)} training images.")
     order = torch.randperm(len(train), generator=Generator().manual_seed(SPLIT_SEED))
     kept, held_out = order[val_size:].sort().values, order[:val_size].sort().values
     return train[kept], train[held_out]
@@ -174,10 +178,11 @@ def training_batches(
     skip: int = 0,
     world: World = ALONE,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """As `shuffled_batches`, augmented: each batch's draws are set by `seed`, `epoch` and its place in the epoch.
+    """The augmented batches of one epoch: images (N, C, H, W) float32, normalised, and labels (N,) int64, on their device.
 
-    With several processes each augments the whole batch and yields its share: every image gets the draw that it would
-    get from one process.
+    `epoch` counts from 1 (the LR finder's first is 0); `skip` batches are left out at its beginning. Order and draws are set
+    by `seed`, `epoch` and the place in the epoch alone. Of several processes each augments the whole batch and yields its
+    share: every image gets the draw that it would get from one process.
     """
     batches = shuffled_batches(images, batch_size, seed, epoch, skip)
     for batch, (pixels, labels, index) in enumerate(batches, start=skip):

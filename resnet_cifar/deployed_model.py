@@ -19,7 +19,7 @@ class DeployedModel(nn.Module):
 
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.network = copy.deepcopy(network)
+        self.network = copy.deepcopy(getattr(network, "_orig_mod", network))
         self.network.to("cpu", torch.float32, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.register_buffer("mean", torch.tensor(list(mean)))
         self.register_buffer("std", torch.tensor(list(std)))

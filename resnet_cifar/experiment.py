@@ -124,7 +124,7 @@ def take_part(world: World, cfg: DictConfig, invocation: Invocation) -> None:
     peak = OmegaConf.select(cfg, "scheduler.max_lr")
     unknown_here = 0
     training, progress = begin(cfg, start, None if peak is None else world.from_first(unknown_here), world)
-    for _record in fit(training, start.train, start.held_out, progress):
+    for _record in fit(training, start.train, start.eval_images, progress):
         stopped_by = world.from_first(unknown_here)
         if stopped_by:
             return
@@ -160,7 +160,7 @@ def train_in_stages(cfg: DictConfig, invocation: Invocation, world: World = ALON
         with stop_requests(repeated=SIG_DFL if world.size == 1 else do_nothing) as stop, display:
             try:
                 save()
-                records = fit(training, train_images, start.held_out, progress)
+                records = fit(training, train_images, start.eval_images, progress)
                 minutes = cfg.trainer.checkpoint_minutes
                 follow(records, folder, tracked_run, display, progress, save, minutes, stop, world)
             finally:

@@ -5,7 +5,7 @@ pixels wide. Images are (N, H, W, 3), uint8 or floats in 0..1, and are drawn pix
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -84,7 +84,7 @@ def grad_cam(
     classes: Sequence[str],
     layer: str,
     map_size: tuple[int, int],
-    against: str,
+    against: Literal["correct", "predicted"],
     title: str,
     names: Sequence[str] = (),
 ) -> Figure:

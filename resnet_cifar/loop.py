@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,15 @@ from resnet_cifar.data import Images, seeded, steps_per_epoch, training_batches
 from resnet_cifar.distributed import ALONE, World
 from resnet_cifar.errors import DivergedError
 
+Precision = Literal["fp32", "bf16"]
+
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step. `step` counts from 1 over the whole training; `loss` is the whole batch's mean, still on the device."""
+    """One optimizer step. `step` counts from 1 over the whole training; `lr` is the first parameter group's.
+
+    `loss` () is the whole batch's mean, with label smoothing, still on the device.
+    """
 
     epoch: int
     step: int
@@ -31,7 +37,11 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One epoch: losses are means per image, accuracies percentages, `lr` is the one its last step used."""
+    """One epoch, from 1: losses are means per image, accuracies percentages, `lr` is the one its last step used.
+
+    `train_*` are over the augmented images as the weights moved, the loss with label smoothing; `eval_*` are of the weights
+    after the epoch, or of their average where there is one, without it.
+    """
 
     epoch: int
     lr: float
@@ -75,28 +85,28 @@ class Training:
     batch_size: int
     scheduler: LRScheduler | None = None  # stepped after every batch
     seed: int = 0
-    precision: str = "fp32"  # or bf16
+    precision: Precision = "fp32"
     label_smoothing: float = 0.0  # of the training loss: Szegedy et al., arXiv:1512.00567
     averaged: AveragedModel | None = None  # updated after every step, and evaluated in the model's place
     world: World = ALONE  # the processes that share every batch; with more than one, `model` is under DDP
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """bf16 autocast on `device` where `precision` asks for it, else a context that changes nothing."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def fit(
-    training: Training, train: Images, held_out: Images, progress: Progress | None = None
+    training: Training, train: Images, eval_images: Images, progress: Progress | None = None
 ) -> Iterator[StepRecord | EpochRecord]:
-    """Train from `progress`, or the beginning, to the last epoch and evaluate on `held_out` after each.
+    """Train from `progress`, or the beginning, to the last epoch and evaluate on `eval_images` after each.
 
-    `progress` and the parts are consistent with each other at every yield: that is where a checkpoint may be taken. Every
-    step seeds torch's own generator, from which dropout draws.
+    Model and images lie on the same device. `progress` and the parts are consistent with each other at every yield: that
+    is where a checkpoint may be taken. Every step seeds torch's own generator, which dropout draws from.
 
     Raises:
-        DivergedError: the loss is not finite. On a CPU before the optimizer step; elsewhere, where looking at every
-            loss would stall the device, at the end of the epoch.
+        DivergedError: the loss is not finite. On a CPU before the optimizer step; elsewhere, where looking at every loss
+            would stall the device, at the end of the epoch; and there where only the evaluation's is not.
     """
     progress = progress or Progress()
     while progress.epoch <= training.epochs:
@@ -110,7 +120,7 @@ def fit(
         trained = time.perf_counter()
         evaluation = evaluate(
             training.averaged or training.model,
-            *(held_out, training.augment.normalise, training.batch_size, training.precision),
+            *(eval_images, training.augment.normalise, training.batch_size, training.precision),
             world=training.world,
         )
         if not math.isfinite(evaluation.loss):  # the last step broke weights that had a finite loss
@@ -149,7 +159,7 @@ def train_epoch(training: Training, train: Images, progress: Progress) -> Iterat
             torch.get_device_module(device).manual_seed(own_seed)
         with autocast(device, training.precision):
             logits = model(images)
-            # float: autocast casts this by itself on a CPU, and not on CUDA.
+            # float: in fp32 under every device's autocast, whatever its list of operations.
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=training.label_smoothing)
             loss = loss * world.weight(batch_size)
         batch_loss = world.mean(loss.detach())
@@ -178,25 +188,28 @@ def evaluate(
     images: Images,
     normalise: Normalise,
     batch_size: int = 512,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     flip: bool = False,
     world: World = ALONE,
 ) -> Evaluation:
-    """Loss, accuracy and logits on `images`, of which each process takes a share; the model's mode is put back.
+    """Loss, accuracy and logits on `images`, which lie on the model's device; the model's mode is put back.
 
-    Nothing is augmented, but with `flip` the logits are means over each image and its mirror image: test-time augmentation.
+    Nothing is augmented, the loss not smoothed. With `flip` the logits are means over each image and its mirror image:
+    test-time augmentation. Each process of `world` takes a share of every batch.
     """
     was_training = model.training
     model.eval()
-    world.share_buffers(model)
-    logits = []
-    with autocast(images.labels.device, precision):
-        for batch in images.images.split(batch_size):
-            own = world.take(batch)
-            views = [normalise(own), normalise(own.flip(-1))] if flip else [normalise(own)]
-            own_logits = sum(model(view).float() for view in views) / len(views)
-            logits.append(world.gather(own_logits, len(batch)))
-    model.train(was_training)
+    try:
+        world.share_buffers(model)
+        logits = []
+        with autocast(images.labels.device, precision):
+            for batch in images.images.split(batch_size):
+                own = world.take(batch)
+                views = [normalise(own), normalise(own.flip(-1))] if flip else [normalise(own)]
+                own_logits = sum(model(view).float() for view in views) / len(views)
+                logits.append(world.gather(own_logits, len(batch)))
+    finally:
+        model.train(was_training)
     all_logits = torch.cat(logits)
     loss = F.cross_entropy(all_logits, images.labels).item()
     accuracy = 100 * (all_logits.argmax(1) == images.labels).sum().item() / len(images)

@@ -5,6 +5,7 @@ import copy
 import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch.nn.functional as F
@@ -13,12 +14,15 @@ from torch.optim import Optimizer
 
 from resnet_cifar.augment import untouched_generators
 from resnet_cifar.errors import DivergedError
-from resnet_cifar.loop import autocast
+from resnet_cifar.loop import Precision, autocast
 
 
 @dataclass(frozen=True)
 class RangeTest:
-    """Learning rates, one per iteration, and the smoothed loss met at each."""
+    """Learning rates of the first parameter group and the loss met at each, float64 (n,), n at most `num_iter`.
+
+    Losses are batch means, smoothed exponentially (0.05 of the new one), as torch-lr-finder does.
+    """
 
     lrs: np.ndarray
     losses: np.ndarray
@@ -31,17 +35,19 @@ def range_test(
     *,
     end_lr: float = 0.1,
     num_iter: int = 100,
-    step_mode: str = "exp",
-    precision: str = "fp32",
+    step_mode: Literal["exp", "linear"] = "exp",
+    precision: Precision = "fp32",
     label_smoothing: float = 0.0,
 ) -> RangeTest:
-    """Train a copy from the optimizer's learning rate up to `end_lr` over `num_iter` batches (N, C, H, W), (N,).
+    """Train a copy from the optimizer's learning rate up to `end_lr` over `num_iter` batches; Smith, arXiv:1506.01186.
 
-    Model, optimizer and all random generators are left as they were. It ends early where the loss exceeds five times
-    its lowest value, torch-lr-finder's default.
+    `batches` are normalised images (N, C, H, W) and labels (N,) on the model's device. Model, optimizer and the random
+    generators (Python's, NumPy's, torch's on CPU and CUDA) are left as they were. It ends early where the loss exceeds five
+    times its lowest value, torch-lr-finder's default.
 
     Raises:
-        ValueError: there are fewer than `num_iter` batches.
+        ValueError: there are fewer than `num_iter` batches, or `num_iter` is 1.
+        RuntimeError: the optimizer has a scheduler already: build that one afterwards.
     """
     from torch_lr_finder import LRFinder, TrainDataLoaderIter
 
@@ -73,11 +79,14 @@ def range_test(
     return RangeTest(np.array(finder.history["lr"]), np.array(finder.history["loss"]))
 
 
-def suggest(curve: RangeTest, select: str = "min_loss") -> float:
-    """The learning rate that `select` (`min_loss`, `steepest` or `valley`) picks from the curve.
+def suggest(curve: RangeTest, select: Literal["min_loss", "steepest", "valley"] = "min_loss") -> float:
+    """The learning rate that `select` picks from the curve.
+
+    `min_loss` is the lowest loss, as in the assignment; `steepest` the steepest fall, as torch-lr-finder; `valley` half way
+    down the longest falling subsequence, as fastai.
 
     Raises:
-        DivergedError: the curve has no finite loss to choose by.
+        DivergedError: the curve has fewer than two finite losses to choose by.
     """
     finite = np.isfinite(curve.losses)
     if finite.sum() < 2:

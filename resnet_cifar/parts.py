@@ -8,7 +8,7 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock
@@ -21,6 +21,7 @@ from resnet_cifar.augment import Augmentation, Normalise
 from resnet_cifar.data import Images, as_images, dataset_error, hold_out, subset
 from resnet_cifar.errors import ConfigError, DataError
 from resnet_cifar.explain import check_layer
+from resnet_cifar.loop import Precision
 from resnet_cifar.targets import check_arguments, instantiate, resolve
 
 # The arguments by which torch's schedulers are told how many steps there are; left out of the YAML, the data sets them.
@@ -34,7 +35,7 @@ class Parts:
     """What every task works with."""
 
     device: torch.device
-    precision: str
+    precision: Precision
     network: nn.Module
     augment: Augmentation
     classes: tuple[str, ...]
@@ -45,7 +46,7 @@ def build_parts(cfg: DictConfig, classes: tuple[str, ...]) -> Parts:
     device, channels_last = choose_device(cfg.trainer.device), cfg.trainer.channels_last
     if device.type == "cpu":
         keep_freed_memory()
-    if device.index is not None:  # whose random state is kept, and what libraries take that are not told
+    if device.index is not None:  # whose generator every step seeds, and what libraries take that are not told
         torch.accelerator.set_device_index(device.index)
     network = build_model(cfg.model, len(classes), device, channels_last, cfg.seed)
     for layer in cfg.explain.layers.values():
@@ -91,7 +92,7 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def multiply_matrices_in(precision: str) -> None:
+def multiply_matrices_in(precision: Precision) -> None:
     """Let float32 products outside autocast, which are Muon's, take the faster ways that bf16 allows: oneDNN, TF32.
 
     And fp32 be fp32: by default cuDNN computes convolutions in TF32.
@@ -110,7 +111,7 @@ def check_devices(device: torch.device, devices: int) -> None:
         )
 
 
-def choose_precision(name: str, device: torch.device) -> str:
+def choose_precision(name: Literal["auto", "fp32", "bf16"], device: torch.device) -> Precision:
     """`fp32` or `bf16`; `auto` is bf16 where the hardware computes in it: without its instructions a CPU only gets slower."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -3,7 +3,6 @@
 import logging
 import shlex
 import signal
-import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ COMPARED = (
     "model.inner_shortcut",
 )
 FROM_CHECKPOINT = ("model.", "data.")
+LONGEST_OWN_NAME = 120  # characters of a name that is made of settings
 LONGEST_NAME = 250  # characters: the column in MLflow's database, which PostgreSQL insists on
 MOST_PARAMS = 15  # more squeeze the images on MLflow's pages
 # Where a run lies and where it is recorded tell nothing about its result.
@@ -224,4 +224,10 @@ def run_name(cfg: DictConfig, invocation: Invocation) -> str:
     named = [preset or "session_10"] if cfg.task == "train" else [*([preset] if preset else []), cfg.task]
     aside = tuple(key for key in NOT_COMPARED if key != "scheduler.max_lr")
     given = [override for override in invocation.overrides if not override.startswith((*aside, "task=", "checkpoint="))]
-    return textwrap.shorten(" ".join([*named, *given]), 120, placeholder=" ...")
+    name, left_out = " ".join(named), ""
+    for override in given:  # whole ones: half a value is another one
+        if len(name) + len(override) < LONGEST_OWN_NAME:
+            name += f" {override}"
+        else:
+            left_out = " ..."
+    return name + left_out

@@ -38,7 +38,10 @@ def save_figure(folder: Path, name: str, draw: "Callable[[], Figure]") -> None:
 
 
 def model_summary(model: nn.Module, image_shape: Sequence[int]) -> str:
-    """The network layer by layer at batch 20: kernels, shapes, parameters and mult-adds, as in the assignment's table."""
+    """The network layer by layer at batch 20: kernels, shapes, parameters and mult-adds, as in the assignment's table.
+
+    `image_shape` is (C, H, W). Raises RuntimeError where the model cannot take such images.
+    """
     from torchinfo import summary
 
     columns = ("kernel_size", "input_size", "output_size", "num_params", "mult_adds", "trainable")
@@ -133,9 +136,11 @@ def explain_mistakes(
     layers: Mapping[str, str],
     num_images: int = 20,
 ) -> None:
-    """The most confident mistakes on the test images, and what each layer saw there for the correct and the predicted class.
+    """Draw the most confident mistakes on `images`, and what each layer saw there for the correct and the predicted class.
 
-    Figures go to `folder`/figures; `logits` (N, K) are of all `images`; `layers` are names in the figures and module paths.
+    Where there are no mistakes, the least confident images. `logits` (N, K) are of all `images`, which lie on the network's
+    device; `layers` are names in the figures and module paths. Writes misclassified_images.png and
+    grad_cam_<correct|predicted>_<name>.png into `folder`/figures; a figure that fails, as of a wrong layer, is a warning.
     """
     folder = Path(folder)
     labels = images.labels.cpu()

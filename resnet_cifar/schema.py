@@ -70,7 +70,9 @@ class Optimizer(TypedDict):
 @open_to_arguments
 class Muon(TypedDict):
     muon_momentum: BelowOne
-    newton_schulz_steps: Annotated[int, Field(ge=1, le=6)]  # in bf16 more would lose the small singular values
+    newton_schulz_steps: Annotated[
+        int, Field(ge=1, le=6)
+    ]  # of more, rounding to bf16 makes the largest singular values grow
     sgd_lr_factor: Positive
 
 

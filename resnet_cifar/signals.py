@@ -36,8 +36,12 @@ def _handled(handler: Callable[[int, Any], object], *numbers: int) -> Iterator[N
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, handler) for number in numbers}
+    previous = {
+        number: signal.getsignal(number) for number in numbers
+    }  # all of them before a signal finds the first set
     try:
+        for number in numbers:
+            signal.signal(number, handler)
         yield
     finally:
         for number, before in previous.items():

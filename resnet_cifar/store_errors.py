@@ -23,7 +23,7 @@ def within(seconds: float, call: Callable[[], T]) -> T:
     def work() -> None:
         try:
             outcome.set_result(call())
-        except Exception as error:
+        except BaseException as error:
             outcome.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()  # not an executor's, which Python would wait for at its end

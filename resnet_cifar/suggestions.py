@@ -14,7 +14,7 @@ def program() -> str:
     called = Path(sys.argv[0])
     if called.stem == "resnet-cifar":  # where it is installed
         return "resnet-cifar"
-    if called.name == "__main__.py":
+    if called.parts[-2:] == ("resnet_cifar", "__main__.py"):
         return "python -m resnet_cifar"
     return f"python {shlex.quote(sys.argv[0])}" if called.name == "run.py" else "python run.py"
 

@@ -60,11 +60,14 @@ def accuracy_against(
 def learning_curves(runs: Sequence[tuple[str, Sequence[float]]], metric: str) -> Figure:
     """Accuracy (%) by epoch of every run; seeds of one point have its name and colour, thin, under their mean.
 
-    Names come best first, and in that order into the legend, which ends after ten.
+    Names come best first, and in that order into the legend, which ends after ten. The axis begins at the lowest mean after
+    a third of the epochs, from where on differences count; what is below is cut off.
     """
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.subplots()
     names = list(dict.fromkeys(name for name, _ in runs))
+    longest = max(len(accuracies) for _, accuracies in runs)
+    lowest, highest = 100.0, 0.0
     for place, name in reversed(list(enumerate(names))):  # the best on top
         colour = LINES[place] if place < len(LINES) else OTHERS
         curves = [accuracies for other, accuracies in runs if other == name]
@@ -73,7 +76,10 @@ def learning_curves(runs: Sequence[tuple[str, Sequence[float]]], metric: str) ->
         for accuracies in curves if len(curves) > 1 else ():
             axes.plot(range(1, len(accuracies) + 1), accuracies, style, color=colour, linewidth=0.8, alpha=0.3)
         axes.plot(range(1, len(average) + 1), average, style, color=colour, linewidth=1.6)
-    longest = max(len(accuracies) for _, accuracies in runs)
+        lowest = min([lowest, *(average[longest // 3 :] or average)])
+        highest = max(highest, *(max(accuracies) for accuracies in curves))
+    margin = 0.05 * (highest - lowest) + 0.1
+    axes.set_ylim(lowest - margin, highest + margin)
     axes.set_xlim(0.5, longest + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("epoch")
@@ -96,13 +102,15 @@ def final_accuracies(runs: Sequence[tuple[str, float]], compared_with: str, metr
     for place, name in enumerate(names):
         accuracies = [accuracy for other, accuracy in runs if other == name]
         axes.plot(accuracies, [place] * len(accuracies), "o", color=EVAL, markersize=6, alpha=0.5)
-        axes.plot([mean(accuracies)], [place], "|", color=INK, markersize=16, markeredgewidth=2)
+        if len(accuracies) > 1:
+            axes.plot([mean(accuracies)], [place], "|", color=INK, markersize=16, markeredgewidth=2)
         if name == compared_with:
             axes.axvline(mean(accuracies), color=MUTED, linewidth=1, linestyle="--", zorder=0)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(f"final {metric} (%)")
-    axes.set_title("Final accuracy: a point per seed, a stroke at their mean", loc="left")
+    strokes = ", a stroke at their mean" if len(names) < len(runs) else ""
+    axes.set_title(f"Final accuracy: a point per seed{strokes}", loc="left")
     return figure
 
 
@@ -147,11 +155,10 @@ def grad_cam_grid(images: np.ndarray, labels: Sequence[str], runs: Sequence[Mapp
 
 def _draw_legend(figure: Figure, names: Sequence[str]) -> None:
     """The names beside the axes, in the order of LINES, as many as have a colour; a figure that is too low for it grows."""
-    labels = ["\n".join(textwrap.wrap(name, LEGEND_WIDTH)) for name in names[: len(LINES)]]
-    handles = [Line2D([], [], color=colour, linewidth=1.6) for colour in LINES[: len(labels)]]
-    if len(names) > len(LINES):
-        labels.append(f"and {len(names) - len(LINES)} more")
-        handles.append(Line2D([], [], color=OTHERS, linewidth=1.6))
+    if (more := len(names) - len(LINES)) > 1:
+        names = [*names[: len(LINES)], f"and {more} more"]
+    labels = ["\n".join(textwrap.wrap(name, LEGEND_WIDTH)) for name in names]
+    handles = [Line2D([], [], color=colour, linewidth=1.6) for colour in (*LINES, OTHERS)[: len(labels)]]
     legend = figure.legend(handles, labels, loc="outside right upper", fontsize=9)
     for text in legend.get_texts():
         text.set_parse_math(False)

@@ -51,10 +51,7 @@ def finished_runs(sweep: Sweep) -> dict[str, Path]:
         there = zip(hashes, sweep.job_folders, strict=False)
         return {key: folder for key, folder in there if has_finished(folder, key)}
     if sweep.folder.exists() and not settings.sweep.dry_run:
-        store = tracking.Store(settings.tracking.uri)
-        with user_errors(settings.tracking.uri), store.creation_lock():
-            # A server that does not answer is noticed here in seconds; each run with something to send would wait for it.
-            store.get_or_create_experiment(settings.tracking.experiment, settings.tracking.artifacts)
+        _check_answers(settings)
         try:
             sync_all(sweep.folder)
         except StorageError as error:
@@ -65,6 +62,19 @@ def finished_runs(sweep: Sweep) -> dict[str, Path]:
         if key in hashes and key not in found:
             found[key] = _files(run, settings, sweep.folder)
     return found
+
+
+def _check_answers(settings: DictConfig) -> None:
+    """Raise StorageError within seconds for a server that hangs, for which each run with something to send would wait."""
+    uri, name, artifacts = settings.tracking.uri, settings.tracking.experiment, settings.tracking.artifacts
+    try:
+        store = tracking.Store(uri, create=False)
+    except (
+        StorageError
+    ):  # a database that is gone: made anew before them, it would refuse the records that are kept for it
+        return
+    with user_errors(uri), store.creation_lock():
+        store.get_or_create_experiment(name, artifacts)
 
 
 def _runs(settings: DictConfig, matching: str) -> Iterator["MlflowRun"]:

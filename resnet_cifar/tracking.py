@@ -211,14 +211,14 @@ class Store:
                 self.mark_killed(run)
                 log.warning(
                     "The process of run %s (%s) is gone; the run is KILLED now. Continue it: %s",
-                    *(run.info.run_name, run.info.run_id, _how_to_go_on(run)),
+                    *(run.info.run_name, run.info.run_id, _how_to_go_on(run).strip("`")),
                 )
 
     def mark_killed(self, run: "MlflowRun") -> None:
         """Ends a run whose process is gone as KILLED and says in its note how to continue it."""
         if run.info.status != "RUNNING":
             return
-        said = f"The process ended without a word. Continue it: `{_how_to_go_on(run)}`"
+        said = f"The process ended without a word. Continue it: {_how_to_go_on(run)}"
         note = f"{run.data.tags.get(NOTE, '')}\n\n{said}".strip()
         self.client.set_tag(run.info.run_id, NOTE, note, synchronous=True)
         self.client.set_terminated(run.info.run_id, "KILLED")
@@ -339,7 +339,7 @@ def _how_to_go_on(run: "MlflowRun") -> str:
     if run.data.tags.get("task") == "sweep":  # its summary
         return "the sweep's command again"
     # The folder: by its id only a run in the default outputs folder is found.
-    return f"{program()} resume={shlex.quote(run.data.tags.get('process.folder', run.info.run_id))}"
+    return f"`{program()} resume={shlex.quote(run.data.tags.get('process.folder', run.info.run_id))}`"
 
 
 def _import_mlflow() -> ModuleType:

@@ -30,7 +30,7 @@ class Start:
 
     built: parts.Parts
     train: Images
-    held_out: Images  # evaluated after each epoch: the test images, or those that `data.val_size` holds out
+    eval_images: Images  # evaluated after each epoch: the test images, or those that `data.val_size` holds out
     test: Images
     state: dict[str, Any] | None
 
@@ -63,9 +63,9 @@ def load(cfg: DictConfig, invocation: Invocation, world: World = ALONE) -> Start
         built = dataclasses.replace(built, precision=state["precision"])
         parts.multiply_matrices_in(built.precision)
     train_images, test_images = train_images.to(built.device), test_images.to(built.device)
-    held_out = test_images if val_images is None else val_images.to(built.device)
+    eval_images = test_images if val_images is None else val_images.to(built.device)
     rehearse(cfg, built, train_images, test_images)
-    return Start(built, train_images, held_out, test_images, state)
+    return Start(built, train_images, eval_images, test_images, state)
 
 
 def rehearse(cfg: DictConfig, built: parts.Parts, train_images: Images, test_images: Images) -> None:

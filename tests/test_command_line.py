@@ -446,6 +446,7 @@ def test_a_run_goes_on_when_its_reader_has_left(tmp_path, unbuffered):
         ("/usr/bin/resnet-cifar", "resnet-cifar"),
         ("/lib/resnet_cifar/__main__.py", "python -m resnet_cifar"),
         ("/lib/ipykernel_launcher.py", "python run.py"),
+        ("/lib/pytest/__main__.py", "python run.py"),
     ],
 )
 def test_commands_to_be_pasted_begin_as_this_one_did(monkeypatch, called, said):

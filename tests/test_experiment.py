@@ -145,10 +145,11 @@ def test_a_name_is_no_longer_than_a_database_takes():
 
 
 def test_a_name_ends_with_a_whole_setting():
-    given = tuple(f"trainer.epochs={number}" for number in range(100, 110))
     cfg = compose(parse_arguments([])).jobs[0][0]
-    name = run_name(cfg, Invocation(Path(), given, {}))
-    assert len(name) <= 120 and name.endswith("trainer.epochs=104 ...")
+    settings = tuple(f"trainer.epochs={number}" for number in range(100, 110))
+    assert run_name(cfg, Invocation(Path(), settings, {})).endswith("trainer.epochs=104 ...")
+    long = f"augmentation.transforms=[{120 * 'x'}]"
+    assert run_name(cfg, Invocation(Path(), (long, "seed=1"), {})) == "session_10 seed=1 ..."
 
 
 @pytest.mark.parametrize(

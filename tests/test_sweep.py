@@ -478,6 +478,19 @@ def test_files_of_a_run_elsewhere_are_fetched_whole_or_another_time(monkeypatch,
     }
 
 
+def test_what_a_database_that_is_gone_misses_is_kept(outputs):
+    sweep = composed("seed=0,1", f"output_dir={outputs}").sweep
+    folder = sweep.job_folders[0]
+    folder.mkdir(parents=True)
+    given = {key: sweep.settings.tracking[key] for key in ("uri", "artifacts", "experiment")}
+    run = sweep_store.tracking.start(**given, run_name=None, folder=folder, params={"seed": 0}, tags={})
+    run.finish("FINISHED")
+    (folder / "tracking.sent").write_text("")
+    (outputs / "mlflow.db").rename(outputs / "moved.db")
+    assert sweep_store.finished_runs(sweep) == {}
+    assert (folder / "tracking.sent").read_text() == ""
+
+
 def test_the_time_a_resumed_run_lay_stopped_is_not_in_the_estimate(outputs, tmp_path):
     composition = composed("seed=0,1", "trainer.epochs=2", f"output_dir={outputs}")
     settings = composition.jobs[0][0]

@@ -166,8 +166,8 @@ def lightning(setting: Setting, watch: Stopwatch) -> None:
 def lightning_tuned(setting: Setting, watch: Stopwatch) -> None:
     """(c') Lightning as its manual advises: bf16-mixed where the hardware has it, channels last, a worker a core that stays."""
     precision = "bf16-mixed" if setting.precision == "bf16" else "32-true"
-    cores = len(os.sched_getaffinity(0))  # of a container's, say: not all that the machine has
-    _lightning(setting, watch, precision, channels_last=True, workers=cores, persistent_workers=True)
+    workers = torch.get_num_threads()  # the cores that this process may use, not all that the machine has
+    _lightning(setting, watch, precision, channels_last=True, workers=workers, persistent_workers=True)
 
 
 def _lightning(setting: Setting, watch: Stopwatch, precision: str, channels_last: bool, **options: int) -> None:
