@@ -20,9 +20,9 @@ from resnet_cifar.errors import ConfigError
 from resnet_cifar.fingerprint import config_hash, sweep_id
 from resnet_cifar.hydra_setup import started_hydra, without_hydra
 from resnet_cifar.passwords import has_password, is_secret
+from resnet_cifar.run_folder import HYDRA_FILE
 from resnet_cifar.suggestions import did_you_mean, overridden, program
 
-HYDRA_FILE = Path(".hydra", "hydra.yaml")  # in a run's folder: how Hydra was called
 SWEEP_ID = "SWEEP_ID"  # in hydra.sweep.dir it stands for the hash that is known when all jobs are
 
 

@@ -73,7 +73,7 @@ class Journal:
             self._lines = _Lines(self.path, survives_power_cuts=True)
             self._sent_lines = _Lines(self._sent_path)
         except Timeout:
-            raise StorageError(f"Another process is working on the run in {folder}. Wait for it or stop it.") from None
+            raise StorageError(f"Another process is working in {folder}. Wait for it or stop it.") from None
         except OSError as error:
             raise StorageError(f"Cannot write to the run folder {folder}: {reason(error)}.") from None
         # Beyond the numbers in both files: a record that found the disk full may be known as sent only.

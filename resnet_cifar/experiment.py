@@ -120,7 +120,7 @@ def take_part(world: World, cfg: DictConfig, invocation: Invocation) -> None:
         for _stage in train_in_stages(cfg, invocation, world):
             pass
         return
-    start = load(cfg, invocation, world)
+    start = load(cfg, invocation.folder if invocation.resumed else None, world)
     peak = OmegaConf.select(cfg, "scheduler.max_lr")
     unknown_here = 0
     training, progress = begin(cfg, start, None if peak is None else world.from_first(unknown_here), world)
@@ -136,7 +136,7 @@ def train_in_stages(cfg: DictConfig, invocation: Invocation, world: World = ALON
     parts.check_targets(cfg)  # imports torchvision, which would only take turns with MLflow's import
     parts.choose_device(cfg.trainer.device)
     with tracking.imported_meanwhile(cfg.tracking.uri):
-        start = load(cfg, invocation, world)
+        start = load(cfg, invocation.folder if invocation.resumed else None, world)
     built, train_images, test_images, state = start.built, start.train, start.test, start.state
     with recorded(cfg, invocation, provenance.tags(built.device, built.precision)) as tracked_run:
         report.write_summary(folder / "model_summary.txt", built.network, tuple(train_images.images.shape[1:]))

@@ -74,14 +74,5 @@ def sweep_id(overrides: Sequence[str], config_hashes: Sequence[str]) -> str:
 
 
 def _hash(value: Any) -> str:
-    value = _without_whole_floats(value)
+    value = json.loads(json.dumps(value), parse_int=float)  # 100 is 100.0
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _without_whole_floats(value: Any) -> Any:
-    """100 for 100.0 in a tree of plain values: the same number."""
-    if isinstance(value, dict):
-        return {key: _without_whole_floats(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_whole_floats(each) for each in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,22 +1,18 @@
-"""Going on with an interrupted run: finding it, its own configuration, and the state it stopped in."""
+"""Going on with an interrupted run: finding it, its own configuration, and how it was asked for."""
 
 import os
 from pathlib import Path
-from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from resnet_cifar import schema
-from resnet_cifar.compose import HYDRA_FILE
 from resnet_cifar.delivery import read_records
 from resnet_cifar.errors import CheckpointError, ConfigError, StorageError
 from resnet_cifar.hydra_setup import outputs, set_by_presets
-from resnet_cifar.loop import Progress, Training
 from resnet_cifar.recording import Invocation
-from resnet_cifar.run_folder import find_run, run_id, status
+from resnet_cifar.run_folder import HYDRA_FILE, find_run, run_id, status
 from resnet_cifar.suggestions import quoted
 from resnet_cifar.tracked_run import SUMMARY
 
@@ -92,15 +88,3 @@ def _was_recorded(folder: Path, run: str | None) -> bool:
     if run is None:
         return (folder / SUMMARY).exists()
     return any(record["kind"] == "params" for record in read_records(folder / "tracking.jsonl"))
-
-
-def restore(training: Training, network: torch.nn.Module, progress: Progress, state: dict[str, Any]) -> None:
-    """Put a checkpoint's state into the parts, which then go on bit for bit as if they had never stopped."""
-    network.load_state_dict(state["model"])
-    if training.averaged is not None:
-        training.averaged.load_state_dict(state["averaged"])
-    training.optimizer.load_state_dict(state["optimizer"])
-    assert training.scheduler is not None  # a configuration always has one
-    training.scheduler.load_state_dict(state["scheduler"])
-    for name, value in state["progress"].items():
-        setattr(progress, name, value)

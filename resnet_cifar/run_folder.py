@@ -9,7 +9,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from resnet_cifar.compose import HYDRA_FILE
 from resnet_cifar.console import setting
 from resnet_cifar.delivery import read_records
 from resnet_cifar.errors import CheckpointError, StorageError
@@ -17,6 +16,7 @@ from resnet_cifar.fingerprint import config_hash
 from resnet_cifar.suggestions import program
 
 STATUS = "status.txt"
+HYDRA_FILE = Path(".hydra", "hydra.yaml")  # how Hydra was called
 
 
 def status(folder: Path) -> tuple[str, str]:
@@ -65,7 +65,7 @@ def check_unused(folder: Path) -> None:
 
 @contextmanager
 def only_process(folder: Path) -> Iterator[None]:
-    """Hold the run's folder against other processes.
+    """Hold the folder of a run, or of a sweep, against other processes.
 
     Raises:
         StorageError: another one holds it.
@@ -74,7 +74,7 @@ def only_process(folder: Path) -> Iterator[None]:
         with FileLock(folder / ".lock", timeout=0):
             yield
     except Timeout as error:
-        raise StorageError(f"Another process is working on the run in {folder}. Wait for it or stop it.") from error
+        raise StorageError(f"Another process is working in {folder}. Wait for it or stop it.") from error
 
 
 def find_run(reference: str, outputs: Path, key: str) -> Path:

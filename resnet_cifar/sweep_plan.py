@@ -1,5 +1,6 @@
 """A sweep before it runs: its jobs, what is to be done for each, their names, and room for those that run anew."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -8,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from resnet_cifar.artifact_files import write_whole
 from resnet_cifar.compose import Sweep, parse_arguments
 from resnet_cifar.environment import without_environment
-from resnet_cifar.errors import ConfigError, StorageError
+from resnet_cifar.errors import ConfigError
 from resnet_cifar.fingerprint import config_hash, source_hash
 from resnet_cifar.run_folder import is_stopped, only_process
 from resnet_cifar.suggestions import quoted
@@ -22,7 +22,9 @@ from resnet_cifar.suggestions import quoted
 PLAN, FAILED = "sweep.json", "failed_jobs.txt"
 RUN, RESUME, SKIP = "run", "resume", "skip"
 
-_running: list[FileLock] = []  # on the folder of the sweep that this process runs
+_running = (
+    contextlib.ExitStack()
+)  # holds the folder of the sweep that this process runs, until its end or another sweep
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ def prepare(argv: Sequence[str], sweep: Sweep) -> list[str]:
         raise ConfigError("sweep.dry_run=true: this hydra/sweeper makes its jobs up while it runs; leave dry_run out")
     _check_places(sweep)
     if not settings.dry_run:
-        _hold(sweep.folder)
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+        _running.close()
+        _running.enter_context(only_process(sweep.folder))
     finished = {} if settings.rerun == "all" else sweep_store.finished_runs(sweep)
     plan = _plan(argv, sweep, finished)
     estimated = sweep_store.estimate(sweep, [job.action for job in plan.jobs]) if plan.jobs else ""
@@ -130,23 +134,6 @@ def _make_room(sweep: Sweep, plan: Plan) -> Plan:
         for job in plan.jobs
     ]
     return dataclasses.replace(plan, jobs=jobs)
-
-
-def _hold(folder: Path) -> None:
-    """Keep the sweep's folder against other processes until this one ends, or starts another sweep.
-
-    Raises:
-        StorageError: another one has it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    while _running:
-        _running.pop().release()
-    lock = FileLock(folder / ".lock", thread_local=False)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise StorageError(f"This sweep is running already, in {folder}. Wait for it or stop it.") from None
-    _running.append(lock)
 
 
 def _plan(argv: Sequence[str], sweep: Sweep, finished: dict[str, Path]) -> Plan:

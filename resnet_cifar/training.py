@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,13 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from resnet_cifar import checkpoint, parts, resume
+from resnet_cifar import checkpoint, parts
 from resnet_cifar.data import Images, seeded, steps_per_epoch
 from resnet_cifar.distributed import ALONE, World
 from resnet_cifar.environment import without_environment
 from resnet_cifar.errors import ConfigError, DataError
 from resnet_cifar.loop import Progress, Training, autocast
-from resnet_cifar.recording import Invocation
 
 START_AGAIN = "Without its folder\ncheckpoints/ the run starts again from its first epoch"
 
@@ -35,8 +35,8 @@ class Start:
     state: dict[str, Any] | None
 
 
-def load(cfg: DictConfig, invocation: Invocation, world: World = ALONE) -> Start:
-    """The images, the network with its initial weights, and a resumed run's checkpoint.
+def load(cfg: DictConfig, resumed: Path | None = None, world: World = ALONE) -> Start:
+    """The images, the network with its initial weights, and the checkpoint in the folder of a `resumed` run.
 
     Raises:
         ConfigError, DataError: the parts do not go together, which would end the training later.
@@ -54,8 +54,9 @@ def load(cfg: DictConfig, invocation: Invocation, world: World = ALONE) -> Start
         )
     built = parts.build_parts(cfg, train_images.classes)
     # Stopped before its first checkpoint, a run starts again.
-    resumable = invocation.resumed and checkpoint.exists(invocation.folder / "checkpoints")
-    state = checkpoint.load(invocation.folder, built.network, START_AGAIN) if resumable else None
+    state = None
+    if resumed is not None and checkpoint.exists(resumed / "checkpoints"):
+        state = checkpoint.load(resumed, built.network, START_AGAIN)
     if state is not None and state.get("precision", built.precision) != built.precision:
         log.warning(
             "It goes on in %s, in which it began; here it would have begun in %s.", state["precision"], built.precision
@@ -167,7 +168,7 @@ def begin(cfg: DictConfig, start: Start, max_lr: float | None, world: World = AL
     """The training with the peak `max_lr`, None for a schedule that has none, at its beginning or where its checkpoint was."""
     training, progress = build_training(cfg, start.built, start.train, max_lr, world), Progress()
     if start.state is not None:
-        resume.restore(training, start.built.network, progress, start.state)
+        restore(training, start.built.network, progress, start.state)
     return training, progress
 
 
@@ -247,3 +248,15 @@ def training_state(
             "correct": int(progress.correct),
         },
     }
+
+
+def restore(training: Training, network: nn.Module, progress: Progress, state: dict[str, Any]) -> None:
+    """Put a checkpoint's state into the parts, which then go on bit for bit as if they had never stopped."""
+    network.load_state_dict(state["model"])
+    if training.averaged is not None:
+        training.averaged.load_state_dict(state["averaged"])
+    training.optimizer.load_state_dict(state["optimizer"])
+    assert training.scheduler is not None  # a configuration always has one
+    training.scheduler.load_state_dict(state["scheduler"])
+    for name, value in state["progress"].items():
+        setattr(progress, name, value)

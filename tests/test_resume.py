@@ -31,7 +31,7 @@ from resnet_cifar.errors import CheckpointError, StorageError
 from resnet_cifar.loop import Progress, fit
 from resnet_cifar.signals import exit_on_ending_signals, stop_requests
 from resnet_cifar.tables import cut_tables, read_csv
-from resnet_cifar.training import MovingAverage, training_state
+from resnet_cifar.training import MovingAverage, restore, training_state
 
 TIMES = ("images_per_second", "epoch_seconds")
 
@@ -173,7 +173,7 @@ def test_a_checkpoint_brings_back_the_moving_average_and_dropout_goes_on(tmp_pat
 
     torch.manual_seed(99)
     resumed, progress = averaging(), Progress()
-    resume.restore(resumed, resumed.model, progress, checkpoint.load(tmp_path))
+    restore(resumed, resumed.model, progress, checkpoint.load(tmp_path))
     assert first + numbers(fit(resumed, images, held_out, progress)) == expected
     assert_equal_states(resumed.averaged.state_dict(), whole.averaged.state_dict())
 
@@ -282,7 +282,7 @@ def test_a_second_resume_is_turned_away_while_the_first_goes_on(start, outputs, 
     (tmp_path / "go").touch()
     assert first.ends() == 0, first.output
     assert code == 5
-    assert "Another process is working on the run" in second.output and len(second.output.splitlines()) <= 3
+    assert "Another process is working in" in second.output and len(second.output.splitlines()) <= 3
 
 
 def test_a_finished_run_says_so_and_exits_0(start, uninterrupted):

@@ -632,7 +632,7 @@ def test_the_same_sweep_does_not_run_twice_at_once(commands, outputs, tmp_path):
     with FileLock(folder / ".lock"):
         command = commands(*arguments, printed=tmp_path / "out")
         assert command.ends() == 5
-    assert command.output.startswith("This sweep is running already")
+    assert command.output.startswith(f"Another process is working in {folder}. Wait")
 
 
 def test_a_run_is_set_aside_beside_those_before_it(tmp_path):
@@ -655,7 +655,7 @@ def test_a_run_that_a_process_works_on_is_not_set_aside(commands, outputs, tmp_p
     with FileLock(folder / ".lock"):
         command = commands(*arguments, printed=tmp_path / "out")
         assert command.ends() == 5
-    assert command.output.startswith(f"Another process is working on the run in {folder}")
+    assert command.output.startswith(f"Another process is working in {folder}")
     assert (folder / "config.yaml").exists()
 
 

@@ -141,4 +141,4 @@ def test_test_images_of_other_classes_are_refused(monkeypatch):
     others = dataclasses.replace(images(40), classes=("cat", *CLASSES[1:]))
     monkeypatch.setattr(parts, "load_test", lambda _data: others)
     with pytest.raises(DataError, match="the test images have cat, 1, 2"):
-        training.load(cfg, None)
+        training.load(cfg)
