@@ -13,7 +13,6 @@ from torch import Generator, Tensor
 
 from resnet_cifar.distributed import ALONE, World
 from resnet_cifar.errors import ConfigError, DataError
-from resnet_cifar.suggestions import program
 
 # The held-out images are the same for every seed, so that runs with different seeds are compared on the same images.
 SPLIT_SEED = 0
@@ -97,7 +96,7 @@ def as_images(dataset: LabelledImages) -> Images:
 
 def dataset_error(error: Exception, root: str | None, subfolder: str = "") -> DataError:
     """What to tell a user whose data set could not be loaded from `root`, where it lies in `subfolder`."""
-    offline = f"or run offline: {program()} experiment=quickstart"
+    offline = "or run offline: experiment=quickstart"
     place = Path(root or "", subfolder)
     state = "is damaged or incomplete (its checksums differ)" if root and place.is_dir() else "is not there"
     if isinstance(error, URLError):

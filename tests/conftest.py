@@ -1,5 +1,6 @@
 """Shared by the tests: one torch thread, a database with MLflow's tables, and commands in processes of their own."""
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: more threa
 
 import torch
 from processes import Commands
+
+from resnet_cifar import console
 
 torch.set_num_threads(1)
 
@@ -41,6 +44,18 @@ def outputs(empty_database, tmp_path):
     folder.mkdir()
     shutil.copy(empty_database, folder / "mlflow.db")
     return folder
+
+
+@pytest.fixture
+def logging_put_back():
+    """The root logger as it was, after a test in whose process Hydra sets logging up."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    for handler in [*console.failures.handlers, *set(root.handlers) - set(handlers)]:
+        handler.close()
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The command line from outside: what it prints, how it exits, what it leaves on disk."""
 
-import logging
 import os
 import re
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from resnet_cifar import __main__, compose, composition_errors, console, experiment, hydra_setup, sweep_summary
+from resnet_cifar import __main__, compose, composition_errors, experiment, hydra_setup, sweep_summary
 from resnet_cifar.errors import DataError, DivergedError, StorageError
 from resnet_cifar.suggestions import program
 
@@ -25,11 +24,9 @@ TINY = [
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
+def command(monkeypatch, capsys, tmp_path, logging_put_back):
     """Run `main` in this process with the given arguments: exit code, stdout, stderr."""
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["run.py", *arguments, f"output_dir={tmp_path}/outputs"])
@@ -40,11 +37,7 @@ def command(monkeypatch, capsys, tmp_path):
             code = stop.code or 0
         return code, *capsys.readouterr()
 
-    yield run
-    for handler in [*console.failures.handlers, *set(root.handlers) - set(handlers)]:
-        handler.close()
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    return run
 
 
 @pytest.fixture

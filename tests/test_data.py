@@ -164,7 +164,7 @@ def test_generators_of_different_keys_differ():
 def test_a_failed_download_names_the_offline_command():
     message = str(dataset_error(URLError("no route to host"), "data", "cifar-10-batches-py"))
     assert "is not there" in message and "no route to host" in message
-    assert "python run.py experiment=quickstart" in message and len(message.splitlines()) <= 3
+    assert "run offline: experiment=quickstart" in message and len(message.splitlines()) <= 3
 
 
 def test_a_data_set_with_wrong_checksums_is_called_damaged(tmp_path):

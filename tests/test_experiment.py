@@ -601,7 +601,7 @@ def test_a_data_set_that_is_missing_ends_with_3_and_the_offline_command(commands
     arguments = (f"data.root={tmp_path / 'empty'}", f"output_dir={tmp_path / 'outputs'}")
     command = commands(*arguments, printed=tmp_path / "printed", environment=proxies)
     assert command.ends() == 3, command.output
-    assert "python run.py experiment=quickstart" in command.output and len(command.output.splitlines()) <= 3
+    assert "run offline: experiment=quickstart" in command.output and len(command.output.splitlines()) <= 3
 
 
 def test_a_corrupt_data_set_ends_with_3(commands, tmp_path):

@@ -70,7 +70,7 @@ def test_a_wrong_setting_is_refused_before_a_folder_is_made(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_options_of_ones_own_are_taken_from_their_folder(tmp_path):
+def test_options_of_ones_own_are_taken_from_their_folder(tmp_path, logging_put_back):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 7\n")
     cfg, _ = notebook.begin("--config-dir", str(tmp_path), "experiment=mine", f"output_dir={tmp_path}/outputs")
