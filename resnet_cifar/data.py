@@ -141,13 +141,18 @@ def hold_out(train: Images, val_size: int) -> tuple[Images, Images]:
     return train[kept], train[held_out]
 
 
+def seed_of(*key: int) -> int:
+    """A seed that depends on `key` (numbers from 0) alone; zeros at its end count for nothing."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
 def seeded(*key: int, device: torch.device | str = "cpu") -> Generator:
-    """A generator on `device` that depends on `key` (numbers from 0) alone; zeros at its end count for nothing.
+    """A generator on `device` with the seed of `key`.
 
     Order and augmentation draw from such generators, keyed by seed and epoch or step: a run that is resumed in the
     middle sees the same images as one that was never interrupted, with no generator state to keep.
     """
-    return Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    return Generator(device).manual_seed(seed_of(*key))
 
 
 def steps_per_epoch(images: Images, batch_size: int) -> int:

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
 from resnet_cifar.augment import Augmentation, Normalise
-from resnet_cifar.data import Images, seeded, steps_per_epoch, training_batches
+from resnet_cifar.data import Images, seed_of, steps_per_epoch, training_batches
 from resnet_cifar.distributed import ALONE, World
 from resnet_cifar.errors import DivergedError
 
@@ -153,7 +153,7 @@ def train_epoch(training: Training, train: Images, progress: Progress) -> Iterat
         lr = float(optimizer.param_groups[0]["lr"])
         batch_size = min(training.batch_size, len(train) - progress.batch * training.batch_size)  # of all processes
         # For dropout: by the step, as augmentation is, and by the process, whose images are others.
-        own_seed = seeded(training.seed, 2, progress.epoch, progress.batch, world.rank).initial_seed()
+        own_seed = seed_of(training.seed, 2, progress.epoch, progress.batch, world.rank)
         torch.default_generator.manual_seed(own_seed)  # torch.manual_seed takes 0.7 ms where CUDA is not used
         if device.type != "cpu":
             torch.get_device_module(device).manual_seed(own_seed)

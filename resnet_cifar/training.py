@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resnet_cifar import checkpoint, parts
+from resnet_cifar.augment import untouched_generators
 from resnet_cifar.data import Images, seeded, steps_per_epoch
 from resnet_cifar.distributed import ALONE, World
 from resnet_cifar.environment import without_environment
@@ -91,7 +92,7 @@ def rehearse(cfg: DictConfig, built: parts.Parts, train_images: Images, test_ima
         log.warning(
             "Muon rescales the weights of convolutions, which only a normalisation behind them undoes: this network has none."
         )
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with untouched_generators(device):
         network = _copy(cfg, built)
         _try_step(cfg, dataclasses.replace(built, network=network), train_images)
         # Batch norm cannot train on one number a channel; without SyncBatchNorm each process has its own.

@@ -495,10 +495,8 @@ def test_the_time_a_resumed_run_lay_stopped_is_not_in_the_estimate(outputs, tmp_
     composition = composed("seed=0,1", "trainer.epochs=2", f"output_dir={outputs}")
     settings = composition.jobs[0][0]
     store = sweep_store.tracking.Store(settings.tracking.uri)
-    client, experiment = (
-        store.client,
-        store.get_or_create_experiment(settings.tracking.experiment, tmp_path / "artifacts"),
-    )
+    client = store.client
+    experiment = store.get_or_create_experiment(settings.tracking.experiment, tmp_path / "artifacts")
 
     def earlier(seconds, **tags):
         run = client.create_run(experiment, start_time=1000, tags={"task": "train", **tags})

@@ -396,9 +396,7 @@ def test_a_run_is_deleted_for_good_as_the_readme_says(logged, tmp_path):
         assert database.execute("SELECT count(*) FROM runs").fetchone() == (0,)
         assert database.execute("SELECT count(*) FROM logged_models").fetchone() == (0,)
     assert [path for path in kept.rglob("*") if path.is_file()] == []
-    assert (
-        tmp_path / "outputs" / "runs" / "run" / "model" / "MLmodel"
-    ).is_file()  # the run's folder is left to the user
+    assert (tmp_path / "outputs" / "runs" / "run" / "model" / "MLmodel").is_file()  # for the user to remove
 
 
 def test_a_model_that_cannot_be_exported_is_a_warning(database, client, tmp_path, patient, caplog):
