@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_cifar import compose, data, loop, parts
 from resnet_cifar.augment import Augmentation, Cutout, Normalise, RandomCrop
 from resnet_cifar.custom_resnet import CustomResNet
 from resnet_cifar.errors import DivergedError
-from resnet_cifar.loop import EpochRecord, Progress, StepRecord, Training, evaluate, fit
-from resnet_cifar.training import MovingAverage
+from resnet_cifar.loop import EpochRecord, Progress, StepRecord, Training, evaluate, fit, train_epoch
+from resnet_cifar.training import MovingAverage, build_training
 
 PACKAGE = Path(loop.__file__).parent
 # ../shared/reference/session_10_assignment.md: the LRs after each epoch's 98 batches, the last one extrapolated.
@@ -30,6 +32,7 @@ REFERENCE_LRS = [
     *(0.002130264721523712, 0.001418205526890896, 0.0007061463322580817, -5.912862374732666e-06),
 ]
 EPOCHS, STEPS = 24, 98
+CLASSES = tuple("abcdefghij")
 
 
 def reference_schedule(model):
@@ -334,6 +337,51 @@ def imports(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.module or ""
+
+
+class PretendedGpu(FakeTensorMode):
+    """What it computes is unknown: reading a number from it raises, as does mixing devices."""
+
+    def __deepcopy__(self, memo):  # a network's copy is on the same one
+        return self
+
+
+class Copies(TorchDispatchMode):
+    """Counts those between CPU and GPU, each of which waits until all that was asked for before is done."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            self.count += len({tensor.device for tensor in (*args, result) if isinstance(tensor, torch.Tensor)}) > 1
+        return result
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available", "ignore:Accessing the data pointer")
+@pytest.mark.parametrize("preset", ["session_10", "record", "laptop"])
+def test_an_epoch_on_a_gpu_waits_for_nothing(preset, monkeypatch):
+    monkeypatch.setattr(data, "seeded", lambda *key, device="cpu": torch.Generator())
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)  # torch's engine wants a real one
+    overrides = [f"experiment={preset}", "scheduler.max_lr=0.1", "data.batch_size=16", "model.width=0.125"]
+    [(cfg, _)] = compose.compose(compose.parse_arguments(overrides)).jobs
+    with PretendedGpu():
+        images = torch.zeros(40, 32, 32, 3, dtype=torch.uint8, device="cuda").permute(0, 3, 1, 2)
+        train = data.Images(images, torch.zeros(40, dtype=torch.long, device="cuda"), CLASSES)
+        with torch.device("cuda"):
+            network = parts.instantiate(cfg.model, num_classes=len(CLASSES))
+        augment = parts.build_augmentation(cfg.augmentation, cfg.data, cfg.trainer.channels_last)
+        built = parts.Parts(torch.device("cuda"), "bf16", network, augment, CLASSES)
+        pretended = build_training(cfg, built, train, 0.1)
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        monkeypatch.setattr(pretended.optimizer, "zero_grad", lambda set_to_none: None)
+        for _warm_up in train_epoch(pretended, train, Progress(epoch=cfg.trainer.epochs)):
+            pass
+        with Copies() as copies:
+            steps = list(train_epoch(pretended, train, Progress(epoch=cfg.trainer.epochs)))
+    assert len(steps) == 3
+    assert copies.count == 1  # the order of the images
 
 
 def test_the_loop_knows_no_tracker_and_no_plot():
