@@ -4,6 +4,7 @@ import argparse
 import functools
 import os
 import secrets
+import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ from resnet_cifar.suggestions import keys
 from resnet_cifar.sweep_worker import gpus_of_a_job
 
 VERSION_BASE = "1.3"
+if sys.version_info >= (3, 14):
+    # Its argparse looks into every help text at once, and one of Hydra 1.3's is no text yet: Hydra's issue 3121.
+    argparse.ArgumentParser._check_help = lambda self, action: None  # type: ignore[attr-defined]
 PACKAGE = Path(__file__).resolve().parent
 # A wheel carries conf/ inside the package; in a checkout it lies beside it.
 INSTALLED = (PACKAGE / "conf").is_dir()
