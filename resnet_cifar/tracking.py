@@ -262,7 +262,14 @@ class Store:
         run = self.client.get_run(run_id)
         # An attempt that failed half-way, or the run before it was resumed, has left its entry: one model per run.
         same = f"name = '{name}' AND source_run_id = '{run_id}'"
-        known = self.client.search_logged_models([run.info.experiment_id], same)
+        try:
+            known = self.client.search_logged_models([run.info.experiment_id], same)
+        except Exception as error:
+            if getattr(error, "error_code", None) != "ENDPOINT_NOT_FOUND":
+                raise
+            # A server of MLflow 2, where a model is files of its run.
+            self.client.log_artifacts(run_id, str(path), name)
+            return
         logged = known[0] if known else self.client.create_logged_model(run.info.experiment_id, name, run_id)
         description = Model.load(str(path))
         description.run_id, description.model_id, description.model_uuid = run_id, logged.model_id, logged.model_id

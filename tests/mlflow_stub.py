@@ -7,13 +7,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class StubServer:
-    """Serves the REST calls that a run makes, keeping one of equal points as MLflow does.
+    """Serves the REST calls that a run makes, keeping one of equal points as MLflow does; no models, as MLflow 2 has none.
 
-    `mode` is ok, error (answers 500), denied (401) or hang (answers nothing until released).
+    `mode` is ok, error (answers 500), denied (401) or hang (answers nothing until released). The files of every run go to
+    the folder `artifacts`.
     """
 
     def __init__(self) -> None:
-        self.mode, self.runs, self.released, self.port = "ok", {}, threading.Event(), 0
+        self.mode, self.runs, self.released, self.port, self.artifacts = "ok", {}, threading.Event(), 0, ""
         self.started()
 
     @property
@@ -55,6 +56,7 @@ class StubServer:
     def _run(self, run_id: str) -> dict:
         run = self.runs[run_id]
         info = {"run_id": run_id, "experiment_id": "1", "status": run["status"], "lifecycle_stage": "active"}
+        info["artifact_uri"] = self.artifacts
         return {"run": {"info": info, "data": {"tags": run["tags"]}}, "run_info": info}
 
 
@@ -73,7 +75,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.stub.released.wait(60)
             return
         call = path.partition("/mlflow/")[2]
-        status = {"error": 500, "denied": 401}.get(self.stub.mode, 200)
+        known = call.startswith(("experiments/", "runs/"))
+        status = {"error": 500, "denied": 401}.get(self.stub.mode, 200 if known else 404)
         body = json.dumps(self.stub.answer(call, request)).encode() if status == 200 else b"not today"
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))

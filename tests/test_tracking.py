@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlflow
 import numpy as np
 import pytest
 import requests
@@ -397,6 +398,17 @@ def test_a_run_is_deleted_for_good_as_the_readme_says(logged, tmp_path):
         assert database.execute("SELECT count(*) FROM logged_models").fetchone() == (0,)
     assert [path for path in kept.rglob("*") if path.is_file()] == []
     assert (tmp_path / "outputs" / "runs" / "run" / "model" / "MLmodel").is_file()  # for the user to remove
+
+
+def test_a_server_of_mlflow_2_keeps_the_model_as_files_of_its_run(server, tmp_path, patient):
+    server.artifacts = str(tmp_path / "artifacts")
+    run = start(server.uri, tmp_path / "run")
+    model = DeployedModel(torch.nn.Flatten(), [0.5] * 3, [0.5] * 3)
+    run.log_model(model, np.zeros((2, 4, 4, 3), dtype=np.uint8), {})
+    run.finish("FINISHED")
+    loaded = mlflow.pyfunc.load_model(str(tmp_path / "artifacts" / "model"))
+    assert loaded.predict(np.zeros((3, 4, 4, 3), dtype=np.uint8)).shape == (3, 48)
+    assert sync_all(tmp_path) == 0  # nothing is left to send
 
 
 def test_a_model_that_cannot_be_exported_is_a_warning(database, client, tmp_path, patient, caplog):
