@@ -52,5 +52,6 @@ def _git() -> dict[str, str]:
 
 
 def _run_git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
+    # Another user's checkout too, as in a container; its code is running already.
+    command = ["git", "-c", f"safe.directory={folder}", "-C", str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

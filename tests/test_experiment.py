@@ -642,6 +642,8 @@ def test_a_package_installed_inside_another_projects_checkout_has_no_commit(monk
     (tmp_path / "resnet_cifar" / "new.py").touch()
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "resnet_cifar" / "provenance.py"))
     assert provenance._git()["git_dirty"] == "true"
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    assert provenance._git()["git_dirty"] == "true"
 
 
 def test_a_folder_that_holds_a_run_takes_no_second_one(trained, start):
