@@ -316,27 +316,7 @@ def test_weights_that_break_in_an_epochs_last_step_are_no_epoch():
         run(training(BreaksAt(4, float("nan"))))  # three steps, then the evaluation
 
 
-# Who may import whom
-
-
-def imported_by(module):
-    code = f"import sys, {module}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
-
-
-def imports(path):
-    """The modules a file imports anywhere, those for type checkers aside."""
-
-    class Without(ast.NodeTransformer):
-        def visit_If(self, node):
-            return None if getattr(node.test, "id", "") == "TYPE_CHECKING" else self.generic_visit(node)
-
-    for node in ast.walk(Without().visit(ast.parse(path.read_text()))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
+# On a GPU, which is pretended
 
 
 class PretendedGpu(FakeTensorMode):
@@ -362,9 +342,13 @@ class Copies(TorchDispatchMode):
 @pytest.mark.parametrize("preset", ["session_10", "record", "laptop"])
 def test_an_epoch_on_a_gpu_waits_for_nothing(preset, monkeypatch):
     monkeypatch.setattr(data, "seeded", lambda *key, device="cpu": torch.Generator())
-    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)  # torch's engine wants a real one
     overrides = [f"experiment={preset}", "scheduler.max_lr=0.1", "data.batch_size=16", "model.width=0.125"]
     [(cfg, _)] = compose.compose(compose.parse_arguments(overrides)).jobs
+
+    def backward(loss):
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
     with PretendedGpu():
         images = torch.zeros(40, 32, 32, 3, dtype=torch.uint8, device="cuda").permute(0, 3, 1, 2)
         train = data.Images(images, torch.zeros(40, dtype=torch.long, device="cuda"), CLASSES)
@@ -373,15 +357,36 @@ def test_an_epoch_on_a_gpu_waits_for_nothing(preset, monkeypatch):
         augment = parts.build_augmentation(cfg.augmentation, cfg.data, cfg.trainer.channels_last)
         built = parts.Parts(torch.device("cuda"), "bf16", network, augment, CLASSES)
         pretended = build_training(cfg, built, train, 0.1)
-        for parameter in network.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        monkeypatch.setattr(pretended.optimizer, "zero_grad", lambda set_to_none: None)
+        monkeypatch.setattr(torch.Tensor, "backward", backward)  # torch's engine wants a real GPU
         for _warm_up in train_epoch(pretended, train, Progress(epoch=cfg.trainer.epochs)):
             pass
         with Copies() as copies:
             steps = list(train_epoch(pretended, train, Progress(epoch=cfg.trainer.epochs)))
     assert len(steps) == 3
     assert copies.count == 1  # the order of the images
+
+
+# Who may import whom
+
+
+def imported_by(module):
+    code = f"import sys, {module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def imports(path):
+    """The modules a file imports anywhere, those for type checkers aside."""
+
+    class Without(ast.NodeTransformer):
+        def visit_If(self, node):
+            return None if getattr(node.test, "id", "") == "TYPE_CHECKING" else self.generic_visit(node)
+
+    for node in ast.walk(Without().visit(ast.parse(path.read_text()))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
 
 
 def test_the_loop_knows_no_tracker_and_no_plot():
