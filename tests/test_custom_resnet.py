@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchinfo import summary
 
-from resnet_cifar.custom_resnet import BasicBlock, CustomResNet
+from resnet_cifar.custom_resnet import BasicBlock, BatchNorm2d, CustomResNet
 
 # Layer, kernel, input and output shape at batch 20, parameters, mult-adds: the solution's table of the assignment.
 TABLE = [
@@ -137,3 +137,19 @@ def test_smaller_images_are_pooled_whole():
     network = CustomResNet(width=0.125).eval()
     for size in (16, 24):
         assert network(torch.randn(2, 3, size, size)).shape == (2, 10)
+
+
+def test_few_channels_in_bf16_are_normalised_as_torch_does():
+    ours, torchs = BatchNorm2d(8), torch.nn.BatchNorm2d(8)
+    x = torch.randn(16, 8, 8, 8, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    x = x.bfloat16().contiguous(memory_format=torch.channels_last)
+    results = []
+    for layer, images in ((ours, x), (torchs, x.contiguous())):  # torch's own kernel for NCHW: the same numbers exactly
+        images = images.requires_grad_()
+        normalised = layer(images)
+        (normalised.relu_().float() ** 2).sum().backward()
+        gradients = [images.grad, layer.weight.grad, layer.bias.grad]
+        results.append([normalised, *gradients, layer.running_mean, layer.running_var])
+    for mine, its in zip(*results, strict=True):
+        assert torch.equal(mine, its)
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in results[0][:2])

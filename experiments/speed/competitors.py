@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import count
 from multiprocessing.connection import Connection
 from time import perf_counter
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 from tqdm import tqdm
 
-from resnet_cifar import parts
+from resnet_cifar import custom_resnet, parts
 from resnet_cifar.compose import compose, parse_arguments
 from resnet_cifar.custom_resnet import CustomResNet
 from resnet_cifar.distributed import ALONE, World
@@ -118,6 +119,12 @@ def ours(setting: Setting, watch: Stopwatch, world: World = ALONE, compiled: boo
                 return
 
 
+def plain_network(setting: Setting) -> CustomResNet:
+    """The network with torch's batch norm in the place of ours."""
+    with patch.object(custom_resnet, "BatchNorm2d", nn.BatchNorm2d):
+        return CustomResNet(width=setting.width)
+
+
 def student_loader(setting: Setting, workers: int = WORKERS, **options: bool) -> DataLoader:
     """The assignment's transforms, image by image, in worker processes: crop, flip, normalise, an 8x8 cutout of zeros."""
     transform = transforms.Compose(
@@ -136,7 +143,7 @@ def student_loader(setting: Setting, workers: int = WORKERS, **options: bool) ->
 
 def assignment(setting: Setting, watch: Stopwatch) -> None:
     """(b) The loop of the assignment as a student writes it: DataLoader, default layout, float32, Adam, tqdm."""
-    loader, model = student_loader(setting), CustomResNet(width=setting.width).to(setting.device)
+    loader, model = student_loader(setting), plain_network(setting).to(setting.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-7)
     scheduler = OneCycleLR(optimizer, MAX_LR, epochs=24, steps_per_epoch=len(loader), pct_start=5 / 24)
     criterion, correct, seen = nn.CrossEntropyLoss(), 0, 0
@@ -180,7 +187,7 @@ def _lightning(setting: Setting, watch: Stopwatch, precision: str, channels_last
     class Module(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model = CustomResNet(width=setting.width).to(memory_format=layout)
+            self.model = plain_network(setting).to(memory_format=layout)
 
         def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
             images, labels = batch
@@ -214,7 +221,7 @@ def _lightning(setting: Setting, watch: Stopwatch, precision: str, channels_last
 
 def bare_step(setting: Setting, watch: Stopwatch) -> None:
     """(d) Forward, backward and Adam's step on one batch that lies ready, channels last, our precision."""
-    model = CustomResNet(width=setting.width).to(setting.device, memory_format=torch.channels_last)
+    model = plain_network(setting).to(setting.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-7)
     images = torch.randn(setting.batch_size, 3, 32, 32, device=setting.device).to(memory_format=torch.channels_last)
     labels = torch.randint(10, (setting.batch_size,), device=setting.device)
