@@ -120,6 +120,25 @@ def test_compiled_and_as_it_is_take_turns(benchmark, monkeypatch):
     assert sum("start and first turn" in row["item"] for row in rows) == 2
 
 
+def test_the_other_sides_have_torchs_batch_norm(benchmark):
+    competitors = benchmark.competitors
+    setting = competitors.Setting(0.125, 3, 1, "", competitors.torch.device("cpu"), "bf16")
+    layers = [type(layer) for layer in competitors.plain_network(setting).modules()]
+    assert competitors.nn.BatchNorm2d in layers and competitors.custom_resnet.BatchNorm2d not in layers
+
+
+def test_our_batch_norm_is_measured_where_it_differs_from_torchs(benchmark, monkeypatch):
+    @contextlib.contextmanager
+    def standing_ready(train, setting):
+        yield lambda: 80.0 if train is benchmark.competitors.ours_with_torchs_batch_norm else 100.0
+
+    monkeypatch.setattr(benchmark, "standing_ready", standing_ready)
+    arguments = benchmark.parse(["--widths", "0.125", "0.5", "--repeats", "1"])
+    rows = list(benchmark.compilation(arguments, benchmark.torch.device("cpu"), "bf16"))
+    ratios = {row["item"]: row["value"] for row in rows if "torch's batch norm / as it is" in row["item"]}
+    assert ratios == {"width 0.125: torch's batch norm / as it is": pytest.approx(0.8)}
+
+
 def test_our_side_trains_on_the_device_that_is_asked_for(benchmark):
     competitors = benchmark.competitors
     setting = competitors.Setting(0.125, 3, 1, "", competitors.torch.device("cuda:1"), "fp32")

@@ -141,9 +141,14 @@ def training_steps(arguments: argparse.Namespace, device: torch.device, precisio
 
 
 def compilation(arguments: argparse.Namespace, device: torch.device, precision: str) -> Iterator[dict]:
-    """What `trainer.compile` costs before the first turn is over, and what it gives in those that follow."""
-    sides = {"as it is": competitors.ours, "compiled": partial(competitors.ours, compiled=True)}
+    """What `trainer.compile` costs before the first turn is over, and what it gives in those that follow.
+
+    On few channels also what our batch norm gives.
+    """
     for setting in settings(arguments, device, precision):
+        sides = {"as it is": competitors.ours, "compiled": partial(competitors.ours, compiled=True)}
+        if competitors.few_channels(setting):
+            sides["torch's batch norm"] = competitors.ours_with_torchs_batch_norm
         with contextlib.ExitStack() as stack:
             turns, where = {}, f"width {setting.width}"
             for side, train in sides.items():
@@ -159,8 +164,9 @@ def compilation(arguments: argparse.Namespace, device: torch.device, precision: 
                 rates = in_turn(turns, repeat)
                 for side, rate in rates.items():
                     yield row("compile", f"{where}: {side}", rate, "images/s", "", setting.width)
-                ratio = rates["compiled"] / rates["as it is"]
-                yield row("compile", f"{where}: compiled / as it is", ratio, "x", "", setting.width)
+                for side in list(sides)[1:]:
+                    ratio = rates[side] / rates["as it is"]
+                    yield row("compile", f"{where}: {side} / as it is", ratio, "x", "", setting.width)
 
 
 def profiles(arguments: argparse.Namespace, device: torch.device, precision: str) -> Iterator[dict]:

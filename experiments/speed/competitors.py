@@ -119,10 +119,26 @@ def ours(setting: Setting, watch: Stopwatch, world: World = ALONE, compiled: boo
                 return
 
 
+def ours_with_torchs_batch_norm(setting: Setting, watch: Stopwatch) -> None:
+    """(a) but for the batch norm, which ours does its own way where `few_channels`."""
+    with torchs_batch_norm():
+        ours(setting, watch)
+
+
+def few_channels(setting: Setting) -> bool:
+    """Whether ours has a batch norm of its own: in bf16 on a CPU, below 16 channels."""
+    return setting.device.type == "cpu" and setting.precision == "bf16" and 64 * setting.width < 16
+
+
 def plain_network(setting: Setting) -> CustomResNet:
-    """The network with torch's batch norm in the place of ours."""
-    with patch.object(custom_resnet, "BatchNorm2d", nn.BatchNorm2d):
+    """The network of plain PyTorch."""
+    with torchs_batch_norm():
         return CustomResNet(width=setting.width)
+
+
+def torchs_batch_norm() -> contextlib.AbstractContextManager:
+    """Networks that are built here have torch's batch norm in the place of ours."""
+    return patch.object(custom_resnet, "BatchNorm2d", nn.BatchNorm2d)
 
 
 def student_loader(setting: Setting, workers: int = WORKERS, **options: bool) -> DataLoader:
