@@ -6,16 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FEW_CHANNELS = 16  # fewer are too few for torch's batch norm of bf16 in channels_last
+
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """torch's batch norm, (N, C, H, W) to the same; on a CPU bf16 of few channels in channels_last trains as NCHW.
+    """torch's batch norm, (N, C, H, W) to the same; on a CPU it trains on bf16 of few channels in channels_last as on NCHW.
 
-    Below 16 channels torch's kernel for channels_last takes longer than its kernel for NCHW and the copies to it and back.
+    There torch's kernel for channels_last takes longer than its kernel for NCHW and the copies to it and back: experiments/speed.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        few = self.num_features < 16 and x.dtype == torch.bfloat16 and x.device.type == "cpu"
-        if not (few and self.training) or x.is_contiguous():
+        few = self.training and self.num_features < FEW_CHANNELS and not x.is_contiguous()
+        if not few or x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
         nchw, channels_last = torch.contiguous_format, torch.channels_last
         return _Layout.apply(super().forward(_Layout.apply(x, nchw, channels_last)), channels_last, nchw)

@@ -139,17 +139,29 @@ def test_smaller_images_are_pooled_whole():
         assert network(torch.randn(2, 3, size, size)).shape == (2, 10)
 
 
-def test_few_channels_in_bf16_are_normalised_as_torch_does():
-    ours, torchs = BatchNorm2d(8), torch.nn.BatchNorm2d(8)
-    x = torch.randn(16, 8, 8, 8, generator=torch.Generator().manual_seed(0)) * 3 + 1
-    x = x.bfloat16().contiguous(memory_format=torch.channels_last)
+NCHW, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "training", "layout", "torchs"),
+    [
+        (8, torch.bfloat16, True, CHANNELS_LAST, NCHW),
+        (8, torch.bfloat16, True, NCHW, NCHW),
+        (16, torch.bfloat16, True, CHANNELS_LAST, CHANNELS_LAST),
+        (8, torch.float32, True, CHANNELS_LAST, CHANNELS_LAST),
+        (8, torch.bfloat16, False, CHANNELS_LAST, CHANNELS_LAST),
+    ],
+)
+def test_batch_norm_is_torchs_and_few_channels_of_bf16_train_as_nchw(channels, dtype, training, layout, torchs):
+    generator = torch.Generator().manual_seed(0)
+    images = (torch.randn(16, channels, 9, 9, generator=generator) * 3 + 1).to(dtype)
     results = []
-    for layer, images in ((ours, x), (torchs, x.contiguous())):  # torch's own kernel for NCHW: the same numbers exactly
-        images = images.requires_grad_()
-        normalised = layer(images)
-        (normalised.relu_().float() ** 2).sum().backward()
-        gradients = [images.grad, layer.weight.grad, layer.bias.grad]
+    for layer, its_layout in ((BatchNorm2d(channels), layout), (torch.nn.BatchNorm2d(channels), torchs)):
+        x = images.contiguous(memory_format=its_layout).requires_grad_()
+        normalised = layer.train(training)(x)
+        loss = (normalised.relu_().float() ** 3).sum()
+        gradients = torch.autograd.grad(loss, (x, layer.weight, layer.bias))
+        assert all(each.is_contiguous(memory_format=its_layout) for each in (normalised, gradients[0]))
         results.append([normalised, *gradients, layer.running_mean, layer.running_var])
     for mine, its in zip(*results, strict=True):
         assert torch.equal(mine, its)
-    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in results[0][:2])

@@ -120,23 +120,34 @@ def test_compiled_and_as_it_is_take_turns(benchmark, monkeypatch):
     assert sum("start and first turn" in row["item"] for row in rows) == 2
 
 
-def test_the_other_sides_have_torchs_batch_norm(benchmark):
-    competitors = benchmark.competitors
-    setting = competitors.Setting(0.125, 3, 1, "", competitors.torch.device("cpu"), "bf16")
-    layers = [type(layer) for layer in competitors.plain_network(setting).modules()]
-    assert competitors.nn.BatchNorm2d in layers and competitors.custom_resnet.BatchNorm2d not in layers
+@pytest.mark.parametrize("side", ["ours", "ours_torchs_batch_norm", "assignment", "bare_step"])
+def test_others_train_with_torchs_batch_norm(benchmark, cifar10, monkeypatch, side):
+    competitors, built = benchmark.competitors, []
+
+    class Counted(competitors.nn.BatchNorm2d):
+        def __init__(self, channels):
+            super().__init__(channels)
+            built.append(channels)
+
+    monkeypatch.setattr(competitors.custom_resnet, "BatchNorm2d", Counted)
+    setting = competitors.Setting(0.125, 2, 1, str(cifar10), competitors.torch.device("cpu"), "fp32", batch_size=8)
+    competitors.training_rate(benchmark.SIDES[side], setting)
+    assert bool(built) == (side in ("ours", "bare_step"))
 
 
-def test_our_batch_norm_is_measured_where_it_differs_from_torchs(benchmark, monkeypatch):
+@pytest.mark.parametrize(
+    ("width", "precision", "few"), [(0.125, "bf16", True), (0.25, "bf16", False), (0.125, "fp32", False)]
+)
+def test_our_batch_norm_has_a_side_where_it_is_not_torchs(benchmark, monkeypatch, width, precision, few):
     @contextlib.contextmanager
     def standing_ready(train, setting):
-        yield lambda: 80.0 if train is benchmark.competitors.ours_with_torchs_batch_norm else 100.0
+        yield lambda: 100.0
 
     monkeypatch.setattr(benchmark, "standing_ready", standing_ready)
-    arguments = benchmark.parse(["--widths", "0.125", "0.5", "--repeats", "1"])
-    rows = list(benchmark.compilation(arguments, benchmark.torch.device("cpu"), "bf16"))
-    ratios = {row["item"]: row["value"] for row in rows if "torch's batch norm / as it is" in row["item"]}
-    assert ratios == {"width 0.125: torch's batch norm / as it is": pytest.approx(0.8)}
+    monkeypatch.setattr(benchmark.competitors, "arithmetic_limit", lambda setting: 1000.0)
+    arguments = benchmark.parse(["--widths", str(width), "--repeats", "1"])
+    rows = benchmark.training_steps(arguments, benchmark.torch.device("cpu"), precision)
+    assert ("ours_torchs_batch_norm" in {row["item"] for row in rows}) == few
 
 
 def test_our_side_trains_on_the_device_that_is_asked_for(benchmark):
