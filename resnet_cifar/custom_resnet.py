@@ -16,8 +16,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        few = self.training and self.num_features < FEW_CHANNELS and not x.is_contiguous()
-        if not few or x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        few_in_bf16 = self.num_features < FEW_CHANNELS and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+        if not (few_in_bf16 and self.training) or x.is_contiguous() or torch.compiler.is_compiling():
             return super().forward(x)
         nchw, channels_last = torch.contiguous_format, torch.channels_last
         return _Layout.apply(super().forward(_Layout.apply(x, nchw, channels_last)), channels_last, nchw)

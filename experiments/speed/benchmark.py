@@ -131,8 +131,7 @@ def training_steps(arguments: argparse.Namespace, device: torch.device, precisio
     """A row for each side and turn: the sides take turns of seconds, so that what disturbs one for minutes disturbs all."""
     installed = [side for side in SIDES if "lightning" not in side or has_lightning()]
     for setting in settings(arguments, device, precision):
-        same = "ours_torchs_batch_norm" if not competitors.few_channels(setting) else None
-        sides = [side for side in installed if side != same]
+        sides = [side for side in installed if side != "ours_torchs_batch_norm" or competitors.few_channels(setting)]
         width, targets = setting.width, TARGETS[precision] if device.type == "cpu" else {}
         with contextlib.ExitStack() as stack:
             turns = {side: stack.enter_context(standing_ready(SIDES[side], setting)) for side in sides}
@@ -297,12 +296,11 @@ def plot(groups: dict[tuple[str, str, str], list[dict]], title: str) -> "Figure"
     with matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"}):
         figure = Figure(figsize=(9, 3), layout="constrained")
         for axes, width in zip(figure.subplots(1, len(widths), sharey=True, squeeze=False)[0], widths, strict=True):
-            values = [[float(entry["value"]) for entry in groups.get(("step", width, side), ())] for side in sides]
-            medians = [statistics.median(each) if each else 0.0 for each in values]
+            values = [[float(entry["value"]) for entry in groups["step", width, side]] for side in sides]
+            medians = [statistics.median(each) for each in values]
             axes.barh(range(len(sides)), medians, color=[EVAL if side == "ours" else TRAIN for side in sides])
             for place, each in enumerate(values):
-                if each:
-                    axes.plot([min(each), max(each)], [place, place], color=INK, linewidth=1)
+                axes.plot([min(each), max(each)], [place, place], color=INK, linewidth=1)
             axes.set_yticks(range(len(sides)), [NAMES[side] for side in sides], fontsize=9)
             axes.set_ylim(len(sides) - 0.5, -0.5)
             axes.tick_params(axis="x", labelsize=9)
